@@ -1,0 +1,23 @@
+"""How every test and doctest runs: in float64, and strict about silent broadcasting.
+
+This file lies at the top so that `pytest tolerax/driver.py` (doctests) sees it too.
+"""
+
+import hypothesis
+import jax
+
+# The links at the top level show the same files again.
+collect_ignore = ["solvers", "problems"]
+
+jax.config.update("jax_enable_x64", True)
+# (n,) + (n, 1) is (n, n) in NumPy's rules: in a solver that is nearly always a mistake.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first run of an example compiles, so a deadline per example means nothing; fixed
+# examples make a failure on one machine a failure on all.
+hypothesis.settings.register_profile("tolerax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tolerax")
+
+# Import the package whole before pytest imports its modules one by one for their doctests,
+# which would otherwise make a second copy of those that the package itself imports.
+import tolerax  # noqa: E402, F401
