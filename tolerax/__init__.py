@@ -1,0 +1,18 @@
+"""Optimization in JAX for problems whose evaluations are never exact."""
+
+from tolerax.contracts import Accuracy as Accuracy
+from tolerax.contracts import Evaluation as Evaluation
+from tolerax.contracts import Problem as Problem
+from tolerax.contracts import Provenance as Provenance
+from tolerax.contracts import Query as Query
+from tolerax.contracts import Solver as Solver
+from tolerax.contracts import Start as Start
+from tolerax.contracts import Work as Work
+from tolerax.driver import solve as solve
+from tolerax.problems.objective import Objective as Objective
+from tolerax.solution import Solution as Solution
+from tolerax.solvers.line_search import InexactLineSearch as InexactLineSearch
+from tolerax.status import PointStatus as PointStatus
+from tolerax.status import Status as Status
+
+__version__ = "0.1.0"

@@ -1,0 +1,267 @@
+"""The compiled loop: ask, evaluate and tell, with the best point, the history and the status."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, PRNGKeyArray, PyTree
+
+from tolerax.contracts import Evaluation, Problem, Query, Solver, Start, Work, tree_all_finite
+from tolerax.progress import report_from_compiled
+from tolerax.solution import Best, History, Run, empty_history
+from tolerax.status import PointStatus, Status, is_success
+
+MAX_HISTORY = 4096
+
+
+@eqx.filter_jit
+def begin(
+    problem: Problem,
+    solver: Solver,
+    x0: PyTree,
+    bounds: tuple[PyTree, PyTree] | None,
+    key: PRNGKeyArray,
+    max_steps: int,
+) -> Run:
+    carry = problem.cold_start()
+
+    def answer(query: Query) -> PyTree:
+        return eqx.filter_eval_shape(problem.evaluate, query)
+
+    state = solver.init(Start(x0, bounds, carry, key, answer))
+    dtype = jax.tree.leaves(x0)[0].dtype
+    inf = jnp.array(jnp.inf, dtype)
+    best = Best(x0, inf, inf, inf, inf, inf, carry)
+    size = min(max_steps + 1, MAX_HISTORY)
+    history = empty_history(size, -(-(max_steps + 1) // size), dtype, solver.record(state))
+    zero = jnp.array(0, jnp.result_type(int))
+    finite = tree_all_finite(x0)
+    status = Status.where(finite, Status.running, Status.non_finite_start)
+    false = jnp.array(False)
+    return Run(state, best, Work(), history, zero, zero, status, false, Status.running)
+
+
+def resumable(run: Run) -> Run:
+    """A run that ended for a limit goes on; one that ended for a reason of its own stays ended."""
+    limited = (run.status == Status.budget) | (run.status == Status.time)
+    limited = limited | (run.status == Status.stopped)
+    status = Status.where(limited, Status.running, run.status)
+    return eqx.tree_at(lambda r: r.status, run, status)
+
+
+def extended(run: Run, rows: int) -> Run:
+    """The run with room for `rows` more rows of history, as far as `MAX_HISTORY` allows."""
+    history = run.history
+    size = history.value.shape[0]
+    need = min(-(-(int(run.step) + rows) // history.stride), MAX_HISTORY)
+    if need <= size:
+        return run
+
+    def longer(column: Array) -> Array:
+        fill = jnp.nan if jnp.issubdtype(column.dtype, jnp.floating) else 0
+        return jnp.concatenate([column, jnp.full(need - size, fill, column.dtype)])
+
+    columns, count = eqx.partition(history, lambda leaf: eqx.is_array(leaf) and leaf.ndim == 1)
+    return eqx.tree_at(lambda r: r.history, run, eqx.combine(jax.tree.map(longer, columns), count))
+
+
+def ask(solver: Solver, run: Run) -> Query:
+    """The solver's query or, when it claims success, the best point again."""
+    query = solver.ask(run.solver_state)
+    if query.mask is None:
+        again_x, again_mask = run.best.x, None
+        again_carry = run.best.carry if query.carry is not None else None
+    else:
+        again_x = jax.tree.map(lambda q, b: jnp.broadcast_to(b, q.shape), query.x, run.best.x)
+        again_mask = jnp.zeros_like(query.mask).at[0].set(True)
+        again_carry = query.carry
+    again = Query(again_x, query.accuracy, again_carry, again_mask, query.derivatives)
+    return jax.tree.map(lambda a, q: jnp.where(run.verifying, a, q), again, query)
+
+
+def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
+    """The run after an answer, with the best point, the history and the status brought up."""
+    run = _note(run, query, evaluation)
+    checked = _check_claim(solver, run, evaluation)
+    told = solver.tell(run.solver_state, query, evaluation)
+    keep = run.verifying
+    state = jax.tree.map(lambda old, new: jnp.where(keep, old, new), run.solver_state, told)
+    done, status = solver.terminate(state)
+    claims = done & is_success(status) & ~keep
+    ended = Status.where(done & ~claims, status, Status.running)
+    status = Status.where(keep, checked, ended)
+    status = Status.where(run.status == Status.running, status, run.status)
+    claim = Status.where(claims, solver.terminate(state)[1], run.claim)
+    history = _record(run.history, run, query, evaluation, solver.record(state))
+    return Run(
+        state,
+        run.best,
+        run.work,
+        history,
+        run.step + 1,
+        run.failures,
+        status,
+        claims,
+        claim,
+    )
+
+
+def _note(run: Run, query: Query, evaluation: Evaluation) -> Run:
+    """Add the work and keep the best point."""
+    candidate, failed = _candidate(query, evaluation, run.best)
+    best = run.best
+    slack = 4 * jnp.finfo(best.value.dtype).eps * jnp.abs(best.value)
+    slack = jnp.where(jnp.isfinite(slack), slack, 0.0)
+    upper, best_upper = candidate.value + candidate.value_error, best.value + best.value_error
+    lower = upper < best_upper
+    # Among points whose values cannot be told apart the smaller gradient is the better one.
+    tie = (upper <= best_upper + slack) & (candidate.gradient_norm < best.gradient_norm)
+    feasible, best_feasible = candidate.violation <= 0, best.violation <= 0
+    better = jnp.where(feasible & best_feasible, lower | tie, candidate.violation < best.violation)
+    # A second look at the best point replaces what is known about it.
+    better = (better | run.verifying) & ~failed
+    best = jax.tree.map(lambda new, old: jnp.where(better, new, old), candidate, best)
+    failures = run.failures + failed.astype(run.failures.dtype)
+    where = lambda r: (r.best, r.work, r.failures)  # noqa: E731
+    return eqx.tree_at(where, run, (best, run.work + evaluation.work, failures))
+
+
+def _candidate(query: Query, evaluation: Evaluation, best: Best) -> tuple[Best, Bool[Array, ""]]:
+    """The best point of an answer as a `Best`, and whether nothing in it could be used."""
+    dtype = best.value.dtype
+    failed = evaluation.status == PointStatus.failed
+    value, error = evaluation.value.astype(dtype), evaluation.value_error.astype(dtype)
+    error = jnp.where(jnp.isnan(error), jnp.inf, error)
+    violation = jnp.zeros_like(value) if evaluation.violation is None else evaluation.violation
+    if evaluation.gradient is None:
+        norm = jnp.full_like(value, jnp.inf)
+    else:
+        axes = 0 if query.mask is None else 1
+        squares = [
+            jnp.sum(leaf.astype(dtype) ** 2, axis=tuple(range(axes, leaf.ndim)))
+            for leaf in jax.tree.leaves(evaluation.gradient)
+        ]
+        norm = jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
+    gradient_error = evaluation.gradient_error.astype(dtype)
+    failed = failed | jnp.isnan(value)
+    x, carry = query.x, evaluation.carry
+    if query.mask is not None:
+        failed = failed | ~query.mask
+        rank = jnp.where(failed, jnp.inf, jnp.where(violation > 0, jnp.inf, value + error))
+        index = jnp.where(
+            jnp.any(jnp.isfinite(rank)),
+            jnp.argmin(rank),
+            jnp.argmin(jnp.where(failed, jnp.inf, violation)),
+        )
+        pick = lambda leaf: leaf[index]  # noqa: E731
+        x, carry = jax.tree.map(pick, (x, carry))
+        value, error, violation, norm, gradient_error, failed = map(
+            pick, (value, error, violation, norm, gradient_error, failed)
+        )
+    if jax.tree.structure(carry) != jax.tree.structure(best.carry):
+        carry = best.carry
+    violation = violation.astype(dtype)
+    return Best(x, value, error, norm, gradient_error, violation, carry), failed
+
+
+def _check_claim(solver: Solver, run: Run, evaluation: Evaluation) -> Any:
+    """The status after the claimed point was evaluated again."""
+    value, error = evaluation.value, evaluation.value_error
+    if value.ndim:
+        value, error = value[0], error[0]
+    rounding = 64 * jnp.finfo(run.best.value.dtype).eps * (1.0 + jnp.abs(run.best.value))
+    same = jnp.abs(value - run.best.value) <= error + run.best.value_error + rounding
+    holds = solver.verify(run.solver_state, evaluation) & same
+    return Status.where(holds, run.claim, Status.not_reproduced)
+
+
+def _record(
+    history: History, run: Run, query: Query, evaluation: Evaluation, extra: dict[str, Array]
+) -> History:
+    """One more row."""
+    shown, _ = _candidate(query, evaluation, run.best)
+    accuracy, achieved = query.accuracy, evaluation.achieved
+    row = {
+        "value": shown.value,
+        "value_error": shown.value_error,
+        "best_value": run.best.value,
+        "gradient_norm": shown.gradient_norm,
+        "gradient_error": shown.gradient_error,
+        "state_tolerance": jnp.max(accuracy.state),
+        "adjoint_tolerance": jnp.max(accuracy.adjoint),
+        "state_error": jnp.max(achieved.state),
+        "adjoint_error": jnp.max(achieved.adjoint),
+    }
+    size = history.value.shape[0]
+    keep = history.count % history.stride == 0
+    # Rows past the end of the buffers are dropped, not wrapped.
+    index = jnp.where(keep, history.count // history.stride, size)
+
+    def put(column: Array, entry: ArrayLike) -> Array:
+        return column.at[index].set(jnp.asarray(entry, column.dtype), mode="drop")
+
+    columns = {name: put(getattr(history, name), entry) for name, entry in row.items()}
+    return History(
+        **columns,
+        work=jax.tree.map(put, history.work, run.work),
+        solver={name: put(column, extra[name]) for name, column in history.solver.items()},
+        count=history.count + 1,
+        stride=history.stride,
+    )
+
+
+def spent(run: Run, limits: dict[str, Array]) -> Bool[Array, ""]:
+    reached = jnp.array(False)
+    for name, limit in limits.items():
+        reached = reached | (getattr(run.work, name) >= limit)
+    return reached
+
+
+@eqx.filter_jit
+def advance(
+    problem: Problem,
+    solver: Solver,
+    run: Run,
+    last_step: Any,
+    limits: dict[str, Array],
+    meter: Any = None,
+) -> Run:
+    """Ask, evaluate and tell until the run ends or `last_step` answers have been told."""
+    arrays, static = eqx.partition(run, eqx.is_array)
+
+    def unfinished(arrays: PyTree) -> Bool[Array, ""]:
+        run = eqx.combine(arrays, static)
+        going = (run.status == Status.running) & (run.step < last_step)
+        return going & ~spent(run, limits)
+
+    def body(arrays: PyTree) -> PyTree:
+        run = eqx.combine(arrays, static)
+        query = ask(solver, run)
+        run = tell(solver, run, query, problem.evaluate(query))
+        if meter is not None:
+            report_from_compiled(meter, 20, run.step, scalars(run))
+        return eqx.filter(run, eqx.is_array)
+
+    run = eqx.combine(jax.lax.while_loop(unfinished, body, arrays), static)
+    over = (run.status == Status.running) & spent(run, limits)
+    return eqx.tree_at(lambda r: r.status, run, Status.where(over, Status.budget, run.status))
+
+
+@eqx.filter_jit
+def one(problem: Problem, solver: Solver, run: Run) -> tuple[Run, Query, Evaluation]:
+    query = ask(solver, run)
+    evaluation = problem.evaluate(query)
+    return tell(solver, run, query, evaluation), query, evaluation
+
+
+ask_compiled = eqx.filter_jit(ask)
+tell_compiled = eqx.filter_jit(tell)
+
+
+def scalars(run: Run) -> dict[str, Any]:
+    return {
+        "value": run.best.value,
+        "gradient_norm": run.best.gradient_norm,
+        "work": run.work.units,
+    }

@@ -1,0 +1,337 @@
+"""The contract between problems and solvers: what is asked, what is answered.
+
+A solver never sees a problem. It returns a [`Query`][] (where, what, how accurately), the driver has
+the problem answer with an [`Evaluation`][], and the solver is told the answer:
+
+    query = solver.ask(state)
+    evaluation = problem.evaluate(query)
+    state = solver.tell(state, query, evaluation)
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from tolerax.status import PointStatus, Status
+
+Origin = Literal["given", "proved", "estimated"]
+State = Any
+
+
+class Accuracy(eqx.Module):
+    """Absolute tolerances in the natural norm of a problem, or the errors that were achieved.
+
+    Both are traced arrays: changing them never recompiles. `inf` asks for nothing.
+
+    - `state`: on the distance of the state (lower-level solution) from the exact one.
+    - `adjoint`: on the error of the adjoint solve at that state. An adjoint never inherits the
+      tolerance of the state.
+
+    >>> Accuracy(1e-3, 1e-4) * 0.5
+    Accuracy(state=5.0e-04, adjoint=5.0e-05)
+    """
+
+    state: Float[Array, "*batch"]
+    adjoint: Float[Array, "*batch"]
+
+    def __init__(self, state: ArrayLike, adjoint: ArrayLike):
+        self.state = jnp.asarray(state, dtype=jnp.result_type(float, state))
+        self.adjoint = jnp.asarray(adjoint, dtype=jnp.result_type(float, adjoint))
+
+    def __mul__(self, factor: ArrayLike) -> "Accuracy":
+        return Accuracy(self.state * factor, self.adjoint * factor)
+
+    def __repr__(self) -> str:
+        try:
+            return f"Accuracy(state={float(self.state):.1e}, adjoint={float(self.adjoint):.1e})"
+        except (TypeError, jax.errors.ConcretizationTypeError):
+            return f"Accuracy(state={self.state}, adjoint={self.adjoint})"
+
+    @property
+    def total(self) -> Float[Array, "*batch"]:
+        """The sum, for the two parts of an error bound."""
+        return self.state + self.adjoint
+
+
+class Work(eqx.Module):
+    """Work by kind. Every solver and benchmark reports cost in these, because wall time alone
+    hides inner work.
+
+    `units` adds what costs about as much as one pass over the data: points of a plain function,
+    lower-level gradients, Hessian products, PDE solves and network passes.
+
+    >>> (Work(lower_gradients=3) + Work(lower_gradients=1, hessian_products=2)).units
+    Array(6, dtype=int64...)
+    """
+
+    points: Int[Array, ""]
+    values: Int[Array, ""]
+    gradients: Int[Array, ""]
+    lower_gradients: Int[Array, ""]
+    hessian_products: Int[Array, ""]
+    linear_iterations: Int[Array, ""]
+    pde_solves: Int[Array, ""]
+    network_passes: Int[Array, ""]
+
+    def __init__(
+        self,
+        points: ArrayLike = 0,
+        values: ArrayLike = 0,
+        gradients: ArrayLike = 0,
+        lower_gradients: ArrayLike = 0,
+        hessian_products: ArrayLike = 0,
+        linear_iterations: ArrayLike = 0,
+        pde_solves: ArrayLike = 0,
+        network_passes: ArrayLike = 0,
+    ):
+        def count(n: ArrayLike) -> Int[Array, ""]:
+            return jnp.asarray(n, dtype=jnp.result_type(int))
+
+        self.points = count(points)
+        self.values = count(values)
+        self.gradients = count(gradients)
+        self.lower_gradients = count(lower_gradients)
+        self.hessian_products = count(hessian_products)
+        self.linear_iterations = count(linear_iterations)
+        self.pde_solves = count(pde_solves)
+        self.network_passes = count(network_passes)
+
+    def __add__(self, other: "Work") -> "Work":
+        return jax.tree.map(jnp.add, self, other)
+
+    @property
+    def units(self) -> Int[Array, ""]:
+        """Passes over the data. A point whose evaluation is itself counted in lower-level
+        gradients, PDE solves or network passes adds nothing of its own."""
+        inner = self.lower_gradients + self.hessian_products + self.pde_solves + self.network_passes
+        return jnp.where(inner > 0, inner, self.points)
+
+    def as_dict(self) -> dict[str, int]:
+        """The counts that are not zero, as Python integers."""
+        counts = {name: int(np.asarray(value).sum()) for name, value in vars(self).items()}
+        return {name: value for name, value in counts.items() if value}
+
+
+class Provenance(eqx.Module):
+    """Where every constant in the error bounds comes from. Static: it never changes in a run.
+
+    >>> Provenance((("strong_convexity", "proved"), ("upper_smoothness", "estimated"))).certified
+    False
+    """
+
+    constants: tuple[tuple[str, Origin], ...] = eqx.field(static=True, default=())
+
+    @property
+    def certified(self) -> bool:
+        """Whether no constant is an estimate."""
+        return all(origin != "estimated" for _, origin in self.constants)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}: {origin}" for name, origin in self.constants) or "exact"
+
+
+class LinearMap(Protocol):
+    """An operator of an evaluation, for instance the Hessian: an Equinox module with `mv`."""
+
+    def mv(self, vector: PyTree, /) -> PyTree: ...
+
+
+class Query(eqx.Module):
+    """What a solver asks.
+
+    - `x`: one point, or a batch with a leading axis on every leaf when `mask` is given.
+    - `accuracy`: the requested tolerances.
+    - `carry`: the warm start, taken from an earlier evaluation; `None` starts cold.
+    - `mask`: shape `(n,)`; points where it is false need not be evaluated.
+    - `derivatives`: 0 asks for values, 1 for gradients too, 2 for Hessian (and Jacobian)
+      operators too. Static.
+    """
+
+    x: PyTree[Float[Array, "..."]]
+    accuracy: Accuracy
+    carry: PyTree = None
+    mask: Bool[Array, " n"] | None = None
+    derivatives: int = eqx.field(static=True, default=1)
+
+
+class Evaluation(eqx.Module):
+    """What a problem answers. For a batch every array has a leading axis, but `work` is the total.
+
+    - `value`, `value_error`: the truth lies in `value +- value_error`.
+    - `gradient`, `gradient_error`: the true gradient lies within `gradient_error` in the Euclidean
+      norm; `gradient_error_parts` says how much of it comes from the state and from the adjoint,
+      so that a solver tightens what dominates.
+    - `achieved`: the errors achieved in state and adjoint, in the units of the request.
+    - `hessian`: an operator with `mv`, at this point.
+    - `constraints`: constraint values; `violation`: the largest violation (0 when feasible).
+    - `carry`: the warm start for the next query near this point.
+    - `work`, `status`, `provenance`: cost, outcome, and the origin of constants.
+    """
+
+    value: Float[Array, "*batch"]
+    value_error: Float[Array, "*batch"]
+    gradient: PyTree[Float[Array, "..."]] | None
+    gradient_error: Float[Array, "*batch"]
+    gradient_error_parts: Accuracy
+    achieved: Accuracy
+    work: Work
+    status: Any
+    carry: PyTree = None
+    hessian: Any = None
+    constraints: PyTree = None
+    violation: Float[Array, "*batch"] | None = None
+    provenance: Provenance = Provenance()
+
+
+def exact_evaluation(
+    value: Float[Array, "*batch"],
+    gradient: PyTree[Float[Array, "..."]] | None,
+    work: Work,
+    *,
+    hessian: Any = None,
+    status: Any = None,
+) -> Evaluation:
+    """An evaluation without error, marked failed where value or gradient is not finite.
+
+    `-inf` is a value (the problem is unbounded); `+inf` and NaN are failures.
+    """
+    zero = jnp.zeros_like(value)
+    finite = jnp.isfinite(value) | (value == -jnp.inf)
+    if gradient is not None and value.ndim == 0:
+        finite = finite & tree_all_finite(gradient)
+    if status is None:
+        status = PointStatus.where(finite, PointStatus.ok, PointStatus.failed)
+    return Evaluation(
+        value=value,
+        value_error=zero,
+        gradient=gradient,
+        gradient_error=zero,
+        gradient_error_parts=Accuracy(zero, zero),
+        achieved=Accuracy(zero, zero),
+        work=work,
+        status=status,
+        hessian=hessian,
+    )
+
+
+class Problem(eqx.Module):
+    """A problem answers queries. Subclasses give `evaluate`; `bounds` are a pair of pytrees like x
+    (or scalars) or `None`. Problems whose evaluation is Python code set `host = True`."""
+
+    bounds: eqx.AbstractVar[tuple[PyTree, PyTree] | None]
+
+    @abc.abstractmethod
+    def evaluate(self, query: Query) -> Evaluation:
+        """Answer one query; failed points are marked in `status`, never raised."""
+
+    def cold_start(self) -> PyTree:
+        """The carry of a cold start: its structure is that of every `Evaluation.carry`."""
+        return None
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where the constants of the error bounds come from; the default is an exact problem."""
+        return Provenance()
+
+    def on(self, executor: Any) -> "Problem":
+        """This problem with its points evaluated on an executor (`submit(fn, *args)`)."""
+        raise ValueError(
+            f"executor is {executor!r}, but {type(self).__name__} is evaluated by compiled code: "
+            "leave executor out, or use `Objective(fun, host=True)`."
+        )
+
+    @property
+    def host(self) -> bool:
+        """Whether `evaluate` runs Python code and cannot be compiled."""
+        return False
+
+
+class Start:
+    """What a solver is given to begin with.
+
+    - `x`: the start point; `bounds`: pair of pytrees like x, or `None`.
+    - `carry`: the warm start of a cold start; `key`: a random key.
+    - `answer(query)`: the shapes of the evaluation that a query would get, for solvers that have to
+      reserve space for parts of it.
+    """
+
+    def __init__(
+        self,
+        x: PyTree,
+        bounds: tuple[PyTree, PyTree] | None,
+        carry: PyTree,
+        key: PRNGKeyArray,
+        answer: Callable[[Query], PyTree],
+    ):
+        self.x = x
+        self.bounds = bounds
+        self.carry = carry
+        self.key = key
+        self.answer = answer
+
+
+class Solver(eqx.Module):
+    """A solver is immutable configuration; what evolves lives in a state (a pytree of arrays).
+
+    Four methods make a solver. Two more have defaults: `verify` re-checks the stopping criterion
+    on a fresh evaluation of the returned point, `record` names scalars for the history.
+    """
+
+    @abc.abstractmethod
+    def init(self, start: Start) -> State:
+        """The first state."""
+
+    @abc.abstractmethod
+    def ask(self, state: State) -> Query:
+        """What to evaluate next."""
+
+    @abc.abstractmethod
+    def tell(self, state: State, query: Query, evaluation: Evaluation) -> State:
+        """The state after an answer."""
+
+    @abc.abstractmethod
+    def terminate(self, state: State) -> tuple[Bool[Array, ""], Any]:
+        """Whether the run is over, and with which `Status`."""
+
+    def verify(self, state: State, evaluation: Evaluation) -> Bool[Array, ""]:
+        """Whether the stopping criterion holds for a fresh evaluation of the returned point."""
+        del state, evaluation
+        return jnp.array(True)
+
+    def record(self, state: State) -> dict[str, Array]:
+        """Scalars of the state that the history keeps, by name."""
+        del state
+        return {}
+
+    @property
+    def honours_bounds(self) -> bool:
+        """Whether every point that `ask` returns lies within the bounds."""
+        return False
+
+
+def tree_all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every entry of every leaf is finite."""
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)
+
+
+__all__ = [
+    "Accuracy",
+    "Evaluation",
+    "LinearMap",
+    "Problem",
+    "Provenance",
+    "Query",
+    "Solver",
+    "Start",
+    "Status",
+    "Work",
+    "exact_evaluation",
+    "tree_all_finite",
+]

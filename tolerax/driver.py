@@ -1,0 +1,171 @@
+"""`solve`: one loop, run compiled or from the host.
+
+The compiled loop alternates ask, evaluate and tell in a `lax.while_loop`. From the host the same
+loop runs in slices, between which progress is reported, limits are checked and checkpoints are
+saved; problems that are Python code are evaluated between a compiled ask and a compiled tell.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from tolerax import _loop
+from tolerax._host import Host
+from tolerax.checkpoint import Checkpoint
+from tolerax.contracts import Problem, Solver, Work
+from tolerax.errors import SolveError
+from tolerax.progress import Silent, resolve
+from tolerax.solution import Run, Solution, Step
+from tolerax.status import Status
+from tolerax.validation import check_bounds, check_start, is_concrete
+
+
+def solve(
+    problem: Problem,
+    solver: Solver,
+    x0: PyTree,
+    *,
+    key: PRNGKeyArray | None = None,
+    max_steps: int = 1000,
+    max_work: int | Mapping[str, int] | None = None,
+    max_seconds: float | None = None,
+    callback: Callable[[Step], Any] | None = None,
+    progress: Any = None,
+    checkpoint: Checkpoint | str | None = None,
+    executor: Any = None,
+    throw: bool = False,
+) -> Solution:
+    """Minimize a problem with a solver.
+
+    **Arguments:**
+
+    - `problem`: answers queries, for instance `Objective(fun)` or `Bilevel(upper, lower, y0)`.
+    - `solver`: for instance `InexactLineSearch()`.
+    - `x0`: the start, a pytree of float arrays; or the `state` of an earlier `Solution`, which
+      continues that run.
+    - `key`: random key of a stochastic solver (default `jax.random.key(0)`).
+    - `max_steps`: the most answers that the solver is told in this call.
+    - `max_work`: the most work in this run: an integer limits `Work.units`, a mapping limits kinds,
+      for instance `{"lower_gradients": 1000}`. Checked between answers.
+    - `max_seconds`: wall time; checked between answers, an evaluation is never interrupted.
+    - `callback`: called as `callback(step)` after each answer; raising `StopIteration` stops.
+    - `progress`: `True`, `"bar"`, `"log"`, or an object of `tolerax.progress`.
+    - `checkpoint`: a path or `Checkpoint`: the run is saved there now and then, and continues from
+      there when the file exists already.
+    - `executor`: anything with `submit(fn, *args)`, for problems whose points are evaluated by
+      Python code.
+    - `throw`: raise `SolveError` (with the solution attached) unless the status is a success.
+
+    Under `jit` and `vmap` the whole run is compiled; callbacks, checkpoints and time limits then
+    raise, `progress` is throttled.
+
+    **Returns:** a `Solution`. Failures are statuses, nothing is raised for them unless `throw`.
+
+    >>> import jax.numpy as jnp, tolerax
+    >>> problem = tolerax.Objective(lambda x: jnp.sum((x - 1.0) ** 2))
+    >>> solution = tolerax.solve(problem, tolerax.InexactLineSearch(), jnp.zeros(3))
+    >>> solution.x, bool(solution.success)
+    (Array([1., 1., 1.], dtype=float64), True)
+    """
+    if not isinstance(problem, Problem):
+        raise TypeError(
+            f"problem is {type(problem).__name__}, not a Problem: wrap a function as "
+            "`tolerax.Objective(fun)`."
+        )
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver is {solver!r}, not a Solver: try `tolerax.InexactLineSearch()`.")
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"max_steps is {max_steps!r}: give a positive integer.")
+    if problem.bounds is not None and not solver.honours_bounds:
+        raise ValueError(
+            f"{type(solver).__name__} does not honour bounds: use a solver that does, or remove "
+            "the bounds of the problem."
+        )
+    meter = resolve(progress)
+    limits = _limits(max_work)
+    if executor is not None:
+        problem = problem.on(executor)
+    if isinstance(x0, Run):
+        run = _loop.extended(_loop.resumable(x0), max_steps)
+    else:
+        x0 = check_start(x0)
+        bounds = check_bounds(problem.bounds, x0)
+        key = jax.random.key(0) if key is None else key
+        run = _loop.begin(problem, solver, x0, bounds, key, max_steps)
+    traced = not is_concrete(eqx.filter((run, problem, solver), eqx.is_array))
+    finish = functools.partial(_finish, problem)
+    if traced:
+        _refuse_host_features(problem, callback, checkpoint, max_seconds)
+        live = None if isinstance(meter, Silent) else meter
+        run = _loop.advance(problem, solver, run, run.step + max_steps, limits, live)
+    else:
+        if isinstance(checkpoint, str | os.PathLike):
+            checkpoint = Checkpoint(checkpoint)
+        host = Host(problem, solver, limits, callback, meter, checkpoint, finish)
+        run = host.drive(run, max_steps, max_seconds)
+    solution = finish(run)
+    if throw and traced:
+        solution = eqx.error_if(solution, ~solution.success, "solve did not converge.")
+    elif throw and not bool(solution.success):
+        raise SolveError(solution.message, solution)
+    return solution
+
+
+def _limits(max_work: int | Mapping[str, int] | None) -> dict[str, Array]:
+    """`max_work` as limits by kind; the names are those of `Work`."""
+    if max_work is None:
+        return {}
+    limits = {"units": max_work} if isinstance(max_work, int) else dict(max_work)
+    kinds = ("units", *Work.__dataclass_fields__)
+    for name, limit in limits.items():
+        if name not in kinds:
+            raise ValueError(f"max_work has the key {name!r}: use one of {', '.join(kinds)}.")
+        if not limit > 0:
+            raise ValueError(f"max_work[{name!r}] is {limit!r}: give a positive integer.")
+    return {name: jnp.asarray(limit) for name, limit in limits.items()}
+
+
+def _refuse_host_features(
+    problem: Problem, callback: Any, checkpoint: Any, max_seconds: Any
+) -> None:
+    given = {"callback": callback, "checkpoint": checkpoint, "max_seconds": max_seconds}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} needs the host, but solve runs inside jit, vmap or grad: call solve "
+                f"outside, or leave {name} out."
+            )
+    if problem.host:
+        raise ValueError("a problem evaluated by Python code cannot run inside jit or vmap.")
+
+
+def _finish(problem: Problem, run: Run) -> Solution:
+    """The solution of a run that has been driven as far as its limits allow."""
+    status = Status.where(run.status == Status.running, Status.budget, run.status)
+    nothing_usable = (run.failures >= run.step) & (run.step > 0)
+    has_cause = jnp.array(False)
+    for cause in (Status.non_finite_start, Status.stopped, Status.worker_lost, Status.time):
+        has_cause = has_cause | (status == cause)
+    status = Status.where(nothing_usable & ~has_cause, Status.all_failed, status)
+    run = eqx.tree_at(lambda r: r.status, run, status)
+    best = run.best
+    return Solution(
+        best.x,
+        best.value,
+        best.value_error,
+        best.gradient_norm,
+        best.gradient_error,
+        best.violation,
+        status,
+        run.work,
+        run.history,
+        run,
+        best.carry,
+        problem.provenance,
+    )

@@ -1,0 +1,20 @@
+"""Exceptions. Failures of a run are statuses; these are for input that cannot be run, for code of
+the user that raises, and for `solve(..., throw=True)`."""
+
+from typing import Any
+
+
+class SolveError(RuntimeError):
+    """Raised by `solve(..., throw=True)` when the run did not converge; see `solution`."""
+
+    def __init__(self, message: str, solution: Any):
+        super().__init__(message)
+        self.solution = solution
+
+
+class EvaluationError(RuntimeError):
+    """The objective raised. `solution` holds the best point so far, `__cause__` the exception."""
+
+    def __init__(self, message: str, solution: Any):
+        super().__init__(message)
+        self.solution = solution

@@ -1,0 +1,85 @@
+"""How a run ended ([`Status`][]) and how one evaluation went ([`PointStatus`][])."""
+
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+from jaxtyping import Array, Bool
+
+
+class PointStatus(eqx.Enumeration):
+    """The outcome of one evaluation. Failures are marked with these, never raised."""
+
+    ok = ""
+    inaccurate = "The inner solve ran out of iterations before it reached the requested accuracy."
+    floor = "Rounding keeps the inner solve from the requested accuracy."
+    failed = "The value or the gradient is not finite, or the evaluation raised."
+    contradicted = (
+        "The residuals contradict a constant of the problem (for instance, the lower-level problem "
+        "has less curvature than `strong_convexity` says)."
+    )
+
+
+class Status(eqx.Enumeration):
+    """Why a run ended. Each message says what to do next."""
+
+    running = "The run has not ended; pass its `state` to `solve` to continue."
+    converged = (
+        "Converged: the stopping criterion holds with its error bound, was checked again at the "
+        "returned point, and rests on exact evaluations or on given and proved constants only."
+    )
+    converged_estimated = (
+        "Converged with estimated constants: the stopping criterion holds and was checked again, "
+        "but at least one constant in its error bound is an estimate (see `provenance`). Give or "
+        "prove the constants to certify the result."
+    )
+    accuracy_floor = (
+        "Accuracy floor: rounding keeps the error bounds above what the stopping criterion asks. "
+        "Use float64, rescale the problem, or ask for a larger tolerance."
+    )
+    budget = "Budget spent (`max_steps` or `max_work`): raise it, or continue from `state`."
+    time = "Time spent (`max_seconds`): raise it, or continue from `state`."
+    stalled = (
+        "Stalled: no step gave a decrease that could be told from the errors of the values. Check "
+        "the scaling of the variables, or accept the point."
+    )
+    not_reproduced = (
+        "The stopping criterion held once but not when it was checked again at the returned point: "
+        "the objective is not deterministic, or its errors are larger than their bounds."
+    )
+    inner_failed = (
+        "Inner solve failed: the lower-level or state solve did not reach the accuracy that a step "
+        "needs. Raise its iteration limit or use another inner solver."
+    )
+    contradicted = (
+        "A constant given for the problem is contradicted by residuals that were seen: correct "
+        "`strong_convexity` (or the constant that the message of the evaluation names)."
+    )
+    non_finite_start = (
+        "The start is not finite, or the value or gradient there is not: choose another `x0`."
+    )
+    all_failed = "Every evaluation failed: check the objective at the start point."
+    gradient_inconsistent = (
+        "Gradient inconsistent: differences of values disagree with the gradient by more than "
+        "their error bounds. Check the derivative with finite differences."
+    )
+    unbounded = (
+        "Unbounded: the values fall without limit. Add bounds or a regularizer to the problem."
+    )
+    infeasible = "Infeasible: no point that satisfies the constraints was found."
+    worker_lost = "A worker was lost and its evaluation could not be repeated."
+    stopped = "Stopped by the user (StopIteration from the callback)."
+
+    if TYPE_CHECKING:
+        _value: Any
+
+
+CONVERGED = (Status.converged, Status.converged_estimated)
+
+
+def is_success(status: Any) -> Bool[Array, "*batch"]:
+    """Whether a status claims that the stopping criterion holds.
+
+    >>> bool(is_success(Status.converged)), bool(is_success(Status.budget))
+    (True, False)
+    """
+    return (status == Status.converged) | (status == Status.converged_estimated)

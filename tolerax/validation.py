@@ -1,0 +1,112 @@
+"""Checks before a run starts: a clear error that names the argument, the value and the remedy."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+
+def is_concrete(tree: PyTree) -> bool:
+    """Whether no leaf is a tracer, so that values can be looked at."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or ""
+
+
+def check_start(x0: PyTree) -> PyTree:
+    """`x0` as a pytree of floating-point JAX arrays of one dtype."""
+    leaves = jax.tree_util.tree_leaves_with_path(x0)
+    if not leaves or sum(np.size(leaf) for _, leaf in leaves) == 0:
+        raise ValueError("x0 is empty: give at least one variable.")
+    dtypes = {}
+    for path, leaf in leaves:
+        try:
+            dtype = jnp.asarray(leaf).dtype if not hasattr(leaf, "dtype") else leaf.dtype
+        except TypeError as error:
+            raise TypeError(
+                f"x0{_name(path)} is {leaf!r}, not an array: x0 must be a pytree of float arrays."
+            ) from error
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"x0{_name(path)} is complex ({dtype}): optimize real and imaginary parts as two "
+                "real arrays."
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"x0{_name(path)} has dtype {dtype}: cast it to a floating-point type, for "
+                "instance with `jnp.asarray(x0, float)`."
+            )
+        dtypes[_name(path)] = jax.dtypes.canonicalize_dtype(dtype)
+    if len(set(dtypes.values())) > 1:
+        listed = ", ".join(f"x0{name}: {dtype}" for name, dtype in dtypes.items())
+        raise TypeError(f"the leaves of x0 have different dtypes ({listed}): cast them to one.")
+    return jax.tree.map(jnp.asarray, x0)
+
+
+def check_bounds(
+    bounds: tuple[PyTree, PyTree] | None, x0: PyTree, *, name: str = "bounds"
+) -> tuple[PyTree, PyTree] | None:
+    """Bounds as a pair of pytrees like `x0`, or `None` when nothing is bounded."""
+    if bounds is None:
+        return None
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise TypeError(
+            f"{name} must be a pair (lower, upper) of pytrees like x0 or scalars, got {bounds!r}."
+        )
+
+    def like_x(side: PyTree, which: str) -> PyTree:
+        if len(jax.tree.leaves(side)) == 1 and jnp.ndim(jax.tree.leaves(side)[0]) == 0:
+            scalar = jax.tree.leaves(side)[0]
+            return jax.tree.map(lambda x: jnp.full_like(x, scalar), x0)
+        if jax.tree.structure(side) != jax.tree.structure(x0):
+            raise ValueError(
+                f"{name}: the {which} bound has structure {jax.tree.structure(side)}, x0 has "
+                f"{jax.tree.structure(x0)}: give a scalar or a pytree like x0."
+            )
+        try:
+            return jax.tree.map(
+                lambda b, x: jnp.broadcast_to(jnp.asarray(b, x.dtype), x.shape), side, x0
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: the {which} bound does not fit x0: {error}") from error
+
+    lower, upper = like_x(bounds[0], "lower"), like_x(bounds[1], "upper")
+    if is_concrete((lower, upper)):
+        for path, (low, high) in _pairs(lower, upper):
+            if np.isnan(low).any() or np.isnan(high).any():
+                raise ValueError(f"{name}{path} holds NaN: use -inf and inf for no bound.")
+            if (low > high).any():
+                where = np.argwhere(low > high)[0]
+                at = tuple(int(i) for i in where)
+                raise ValueError(
+                    f"{name}{path}: the lower bound {low[at]} at index {at} is above the upper "
+                    f"bound {high[at]}: swap or widen them."
+                )
+        if is_concrete(x0):
+            _check_inside(lower, upper, x0, name)
+    return lower, upper
+
+
+def _pairs(lower: PyTree, upper: PyTree) -> list:
+    lows = jax.tree_util.tree_leaves_with_path(lower)
+    highs = jax.tree.leaves(upper)
+    return [
+        (_name(path), (np.asarray(low), np.asarray(high)))
+        for (path, low), high in zip(lows, highs, strict=True)
+    ]
+
+
+def _check_inside(lower: PyTree, upper: PyTree, x0: PyTree, name: str) -> None:
+    for (path, (low, high)), x in zip(_pairs(lower, upper), jax.tree.leaves(x0), strict=True):
+        x = np.asarray(x)
+        outside = (x < low) | (x > high)
+        if outside.any():
+            at = tuple(int(i) for i in np.argwhere(outside)[0])
+            raise ValueError(
+                f"x0{path} is {x[at]} at index {at}, outside its {name} [{low[at]}, {high[at]}]: "
+                "move it inside, for instance with `jnp.clip`."
+            )
