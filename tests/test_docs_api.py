@@ -1,0 +1,73 @@
+"""The reference names every public object once, and every one of them says what it does."""
+
+import inspect
+import re
+import types
+from pathlib import Path
+
+import pytest
+
+import tolerax
+import tolerax.inner
+import tolerax.problems
+import tolerax.problems.library
+import tolerax.solvers
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = (
+    tolerax,
+    tolerax.problems,
+    tolerax.problems.library,
+    tolerax.solvers,
+    tolerax.inner,
+)
+
+
+def public(package: types.ModuleType) -> dict[str, object]:
+    """Classes and functions of ours that a package offers by name."""
+    return {
+        f"{package.__name__}.{name}": value
+        for name, value in vars(package).items()
+        if not name.startswith("_")
+        and (inspect.isclass(value) or inspect.isfunction(value) or hasattr(value, "__wrapped__"))
+        and getattr(value, "__module__", "").startswith("tolerax")
+    }
+
+
+PUBLIC = {name: value for package in PACKAGES for name, value in public(package).items()}
+REFERENCE = "\n".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+DOCUMENTED = re.findall(r"^\.\. auto(?:class|function|exception|data):: (\S+)", REFERENCE, re.M)
+
+
+def test_reference_names_every_public_object_once():
+    # An object may be offered by two packages (tolerax.solve's inputs, say); one page is enough.
+    pages = [id(PUBLIC[name]) for name in DOCUMENTED if name in PUBLIC]
+    missing = [name for name, value in PUBLIC.items() if id(value) not in pages]
+    assert not missing, "add to a page of docs/reference"
+    assert len(pages) == len(set(pages))
+
+
+def test_reference_names_nothing_else():
+    assert not set(DOCUMENTED) - set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_object_has_a_docstring(name: str):
+    value = PUBLIC[name]
+    own = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
+    assert own
+    assert own.strip()
+
+
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if inspect.isclass(value)])
+def test_public_methods_have_docstrings(name: str):
+    owner = PUBLIC[name]
+    members = {
+        member: getattr(owner, member)
+        for base in owner.__mro__
+        if base.__module__.startswith("tolerax")
+        for member, value in vars(base).items()
+        if not member.startswith("_") and (callable(value) or isinstance(value, property))
+    }
+    # getdoc finds the text of an overridden method, which is where it belongs.
+    assert not [member for member, value in members.items() if not inspect.getdoc(value)]
