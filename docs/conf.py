@@ -10,6 +10,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
 
+import markdown_docstrings  # noqa: E402, F401  (first: it sets how jaxtyping names its types)
+
 import tolerax  # noqa: E402
 
 project = "Tolerax"
@@ -40,7 +42,7 @@ copybutton_prompt_is_regexp = True
 copybutton_exclude = ".linenos, .gp, .go"
 
 # Reference
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -57,7 +59,9 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": r"/plot_",
     "within_subsection_order": "FileNameSortKey",
+    "capture_repr": (),
     "image_srcset": ["2x"],
+    "thumbnail_size": (480, 320),
     "show_memory": False,
     "show_signature": False,
     "download_all_examples": False,
