@@ -32,7 +32,10 @@ def begin(
     state = solver.init(Start(x0, bounds, carry, key, answer))
     dtype = jax.tree.leaves(x0)[0].dtype
     inf = jnp.array(jnp.inf, dtype)
-    best = Best(x0, inf, inf, inf, inf, inf, carry)
+    # A solver asks for the same derivatives throughout, so the shape of the best point is known.
+    nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), x0)
+    gradient = nothing if solver.ask(state).derivatives else None
+    best = Best(x0, inf, inf, gradient, inf, inf, inf, carry)
     size = min(max_steps + 1, MAX_HISTORY)
     history = empty_history(size, -(-(max_steps + 1) // size), dtype, solver.record(state))
     zero = jnp.array(0, jnp.result_type(int))
@@ -109,7 +112,9 @@ def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
 
 def _note(run: Run, query: Query, evaluation: Evaluation) -> Run:
     """Add the work and keep the best point."""
-    candidate, failed = _candidate(query, evaluation, run.best)
+    candidate, usable = _candidate(query, evaluation, run.best)
+    failed = evaluation.status == PointStatus.failed
+    failed = jnp.all(failed if query.mask is None else failed | ~query.mask)
     best = run.best
     slack = 4 * jnp.finfo(best.value.dtype).eps * jnp.abs(best.value)
     slack = jnp.where(jnp.isfinite(slack), slack, 0.0)
@@ -120,7 +125,7 @@ def _note(run: Run, query: Query, evaluation: Evaluation) -> Run:
     feasible, best_feasible = candidate.violation <= 0, best.violation <= 0
     better = jnp.where(feasible & best_feasible, lower | tie, candidate.violation < best.violation)
     # A second look at the best point replaces what is known about it.
-    better = (better | run.verifying) & ~failed
+    better = (better | run.verifying) & usable
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), candidate, best)
     failures = run.failures + failed.astype(run.failures.dtype)
     where = lambda r: (r.best, r.work, r.failures)  # noqa: E731
@@ -128,41 +133,44 @@ def _note(run: Run, query: Query, evaluation: Evaluation) -> Run:
 
 
 def _candidate(query: Query, evaluation: Evaluation, best: Best) -> tuple[Best, Bool[Array, ""]]:
-    """The best point of an answer as a `Best`, and whether nothing in it could be used."""
+    """The best point of an answer as a `Best`, and whether its value says anything."""
     dtype = best.value.dtype
-    failed = evaluation.status == PointStatus.failed
     value, error = evaluation.value.astype(dtype), evaluation.value_error.astype(dtype)
     error = jnp.where(jnp.isnan(error), jnp.inf, error)
     violation = jnp.zeros_like(value) if evaluation.violation is None else evaluation.violation
+    x, carry, gradient = query.x, evaluation.carry, None
+    axes = 0 if query.mask is None else 1
     if evaluation.gradient is None:
         norm = jnp.full_like(value, jnp.inf)
     else:
-        axes = 0 if query.mask is None else 1
         squares = [
             jnp.sum(leaf.astype(dtype) ** 2, axis=tuple(range(axes, leaf.ndim)))
             for leaf in jax.tree.leaves(evaluation.gradient)
         ]
         norm = jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
+    if best.gradient is not None:
+        unknown = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), x)
+        gradient = unknown if evaluation.gradient is None else evaluation.gradient
     gradient_error = evaluation.gradient_error.astype(dtype)
-    failed = failed | jnp.isnan(value)
-    x, carry = query.x, evaluation.carry
+    # The value counts even where the gradient failed; NaN and +inf are no values, -inf is one.
+    usable = value + error < jnp.inf
     if query.mask is not None:
-        failed = failed | ~query.mask
-        rank = jnp.where(failed, jnp.inf, jnp.where(violation > 0, jnp.inf, value + error))
+        usable = usable & query.mask
+        rank = jnp.where(usable & (violation <= 0), value + error, jnp.inf)
         index = jnp.where(
-            jnp.any(jnp.isfinite(rank)),
+            jnp.any(rank < jnp.inf),
             jnp.argmin(rank),
-            jnp.argmin(jnp.where(failed, jnp.inf, violation)),
+            jnp.argmin(jnp.where(usable, violation, jnp.inf)),
         )
         pick = lambda leaf: leaf[index]  # noqa: E731
-        x, carry = jax.tree.map(pick, (x, carry))
-        value, error, violation, norm, gradient_error, failed = map(
-            pick, (value, error, violation, norm, gradient_error, failed)
+        x, carry, gradient = jax.tree.map(pick, (x, carry, gradient))
+        value, error, violation, norm, gradient_error, usable = map(
+            pick, (value, error, violation, norm, gradient_error, usable)
         )
     if jax.tree.structure(carry) != jax.tree.structure(best.carry):
         carry = best.carry
     violation = violation.astype(dtype)
-    return Best(x, value, error, norm, gradient_error, violation, carry), failed
+    return Best(x, value, error, gradient, norm, gradient_error, violation, carry), usable
 
 
 def _check_claim(solver: Solver, run: Run, evaluation: Evaluation) -> Any:

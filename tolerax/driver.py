@@ -159,6 +159,7 @@ def _finish(problem: Problem, run: Run) -> Solution:
         best.x,
         best.value,
         best.value_error,
+        best.gradient,
         best.gradient_norm,
         best.gradient_error,
         best.violation,

@@ -17,6 +17,7 @@ class Best(eqx.Module):
     x: PyTree
     value: Float[Array, ""]
     value_error: Float[Array, ""]
+    gradient: PyTree
     gradient_norm: Float[Array, ""]
     gradient_error: Float[Array, ""]
     violation: Float[Array, ""]
@@ -94,13 +95,15 @@ class Solution(eqx.Module):
     """The result of `solve`.
 
     `x` is the best point seen and the truth lies in `interval`, provided that `provenance` holds no
-    estimate; `gradient_error` bounds the Euclidean error of the gradient whose norm is
-    `gradient_norm`. `state` continues the run when passed to `solve` as start.
+    estimate; `gradient_error` bounds the Euclidean error of `gradient`, whose norm is
+    `gradient_norm` (`None` and `inf` for solvers that ask for no gradients). `state` continues the
+    run when passed to `solve` as start.
     """
 
     x: PyTree
     value: Float[Array, ""]
     value_error: Float[Array, ""]
+    gradient: PyTree
     gradient_norm: Float[Array, ""]
     gradient_error: Float[Array, ""]
     violation: Float[Array, ""]
