@@ -27,6 +27,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
     "markdown_docstrings",
+    "offline",
 ]
 exclude_patterns = ["_build"]
 suppress_warnings = [

@@ -59,9 +59,8 @@ def test_public_object_has_a_docstring(name: str):
     assert own.strip()
 
 
-@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if inspect.isclass(value)])
-def test_public_methods_have_docstrings(name: str):
-    owner = PUBLIC[name]
+@pytest.mark.parametrize("owner", [value for value in PUBLIC.values() if inspect.isclass(value)])
+def test_public_methods_have_docstrings(owner: type):
     members = {
         member: getattr(owner, member)
         for base in owner.__mro__
