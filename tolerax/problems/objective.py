@@ -1,6 +1,8 @@
 """A plain function of x: values and gradients without error."""
 
-from collections.abc import Callable, Iterable
+import functools
+import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
@@ -9,8 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from tolerax.contracts import Accuracy, Evaluation, Problem, Query, Work, exact_evaluation
+from tolerax.contracts import (
+    Accuracy,
+    Evaluation,
+    Problem,
+    Provenance,
+    Query,
+    Work,
+    exact_evaluation,
+)
+from tolerax.problems.python_code import DIFFERENCES, Row, Wanted, call, failed, like, rounding
 from tolerax.status import PointStatus
+from tolerax.validation import is_concrete
+
+logger = logging.getLogger("tolerax")
 
 
 class HessianOf(eqx.Module):
@@ -34,6 +48,11 @@ def _scalar(value: Any) -> Array:
         )
     if jnp.issubdtype(value.dtype, jnp.complexfloating):
         raise TypeError("the objective returned a complex number: return its real part or modulus.")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            f"the objective returned {value.dtype}, whose gradient is 0 everywhere: return a float "
+            "or, if steps are meant, use host=True and a solver that needs no gradients."
+        )
     return value
 
 
@@ -44,13 +63,19 @@ class Objective(Problem):
 
     - `fun`: the function; x is the pytree that `solve` starts from.
     - `gradient`: `None` differentiates `fun` by JAX; `True` says that `fun` returns
-      `(value, gradient)`; a callable returns the gradient; `"2-point"` takes forward differences
-      (only with `host=True`), whose error is then reported as an estimate.
-    - `bounds`: a pair `(lower, upper)` of pytrees like x, or scalars.
-    - `host`: `fun` is Python code that JAX cannot trace; it gets NumPy arrays and is called once a
-      point.
+      `(value, gradient)`; a callable returns the gradient. With `host=True` also `"2-point"`:
+      forward differences, and central ones where the requested accuracy needs them; or
+      `"3-point"`: central differences throughout. Their error is estimated and reported.
+    - `bounds`: a pair `(lower, upper)` of pytrees like x, or scalars. Differences keep within them.
+    - `host`: `fun` is Python code that JAX cannot trace; it gets NumPy arrays of its own and is
+      called once a point.
     - `on_error`: what an exception of a `host` function means: `"raise"` ends the run with the best
-      point attached to the error, `"fail"` marks the point as failed and goes on.
+      point attached to the error, `"fail"` marks the point as failed and goes on (the exception is
+      logged).
+    - `executor`: evaluates points of a `host` function, anything with `submit(fn, *args)`.
+
+    Values of lower precision than x (a float32 network called with float64 variables) get a
+    `value_error` of their rounding.
 
     >>> import jax.numpy as jnp, tolerax
     >>> parabola = tolerax.Objective(lambda x: jnp.sum(x**2), bounds=(1.0, jnp.inf))
@@ -69,7 +94,7 @@ class Objective(Problem):
         self,
         fun: Callable,
         *,
-        gradient: Callable | Literal[True, "2-point"] | None = None,
+        gradient: Callable | Literal[True, "2-point", "3-point"] | None = None,
         bounds: tuple[PyTree, PyTree] | None = None,
         host: bool = False,
         on_error: Literal["raise", "fail"] = "raise",
@@ -80,11 +105,23 @@ class Objective(Problem):
         if on_error not in ("raise", "fail"):
             raise ValueError(f'on_error is {on_error!r}: use "raise" or "fail".')
         if not (gradient is None or gradient is True or callable(gradient)):
-            if not (host and gradient == "2-point"):
+            if gradient not in DIFFERENCES:
                 raise ValueError(
                     f"gradient is {gradient!r}: use None, True, a callable, or, with host=True, "
-                    '"2-point".'
+                    '"2-point" or "3-point".'
                 )
+            if not host:
+                raise ValueError(
+                    f"gradient is {gradient!r}, but finite differences are for Python code: leave "
+                    "gradient out to differentiate by JAX, or give host=True."
+                )
+        if executor is not None and not hasattr(executor, "submit"):
+            raise TypeError(f"executor is {executor!r}: it must have `submit(fn, *args)`.")
+        if executor is not None and not host:
+            raise ValueError(
+                f"executor is {executor!r}, but this objective is evaluated by compiled code: "
+                "leave executor out, or give host=True."
+            )
         self.fun = fun
         self.gradient = gradient
         self.bounds = bounds
@@ -93,19 +130,21 @@ class Objective(Problem):
         self.executor = executor
 
     @property
+    def provenance(self) -> Provenance:
+        if isinstance(self.gradient, str):
+            return Provenance((("differences", "estimated"),))
+        return Provenance()
+
+    @property
     def host(self) -> bool:
         return self.is_host
 
     def on(self, executor: Any) -> "Objective":
-        if not self.is_host:
-            return super().on(executor)  # pyright: ignore[reportReturnType]
-        if not hasattr(executor, "submit"):
-            raise TypeError(f"executor is {executor!r}: it must have `submit(fn, *args)`.")
         return Objective(
             self.fun,
             gradient=self.gradient,
             bounds=self.bounds,
-            host=True,
+            host=self.is_host,
             on_error=self.on_error,  # pyright: ignore[reportArgumentType]
             executor=executor,
         )
@@ -124,153 +163,101 @@ class Objective(Problem):
         value = lambda x: _scalar(self.fun(x))  # noqa: E731
         if self.gradient is True:
             v, g = self.fun(x)
-            v, g = _scalar(v), _like(g, x)
+            v, g = _scalar(v), like(g, x)
             value = lambda x: _scalar(self.fun(x)[0])  # noqa: E731
         elif derivatives == 0:
             v, g = value(x), None
         elif self.gradient is None:
             v, g = jax.value_and_grad(value)(x)
         else:
-            v, g = value(x), _like(self.gradient(x), x)
+            v, g = value(x), like(self.gradient(x), x)
         hessian = HessianOf(value, x) if derivatives > 1 else None
-        return exact_evaluation(v, g if derivatives else None, work, hessian=hessian)
+        evaluation = exact_evaluation(v, g if derivatives else None, work, hessian=hessian)
+        error = rounding(v.dtype, jax.tree.leaves(x)[0].dtype) * jnp.abs(v)
+        error = jnp.where(jnp.isfinite(v), error, 0).astype(v.dtype)
+        return eqx.tree_at(lambda e: e.value_error, evaluation, error)
 
     # -- Python code ------------------------------------------------------------------------------
 
     def _evaluate_on_host(self, query: Query) -> Evaluation:
+        if query.derivatives > 1:
+            raise TypeError("this solver needs Hessian products, which Python code does not give.")
+        if query.derivatives and self.gradient is None:
+            raise TypeError(
+                "this solver needs gradients and JAX cannot differentiate Python code: give "
+                '`gradient` (`jac` of `minimize`): a callable, True, or "2-point" for finite '
+                "differences."
+            )
+        one = query.mask is None
+        if not is_concrete(query):
+            # Only the shapes are wanted.
+            x = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), query.x)
+            count = 1 if one else query.mask.shape[0]
+            first = x if one else jax.tree.map(lambda leaf: leaf[0], x)
+            return self._assemble([failed(first, query.derivatives)] * count, first, one)
         x = jax.tree.map(np.asarray, query.x)
-        if query.mask is None:
-            return self._assemble([self._call(x, query.derivatives)], x, batch=False)
-        count = len(query.mask)
-        points = [jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), x) for i in range(count)]
-        mask = np.asarray(query.mask)
-        if self.executor is None:
-            rows = [
-                self._call(p, query.derivatives) if m else self._failed(p)
-                for p, m in zip(points, mask, strict=True)
-            ]
+        if one:
+            points, mask = [x], [True]
         else:
-            futures = [
-                self.executor.submit(_call, self.fun, self.gradient, p, query.derivatives)
-                if m
-                else None
-                for p, m in zip(points, mask, strict=True)
-            ]
-            rows = [
-                self._failed(p) if future is None else self._guard(future.result, p)
-                for p, future in zip(points, futures, strict=True)
-            ]
-        return self._assemble(rows, points[0], batch=True)
+            mask = np.asarray(query.mask)
+            points = [jax.tree.map(lambda leaf, i=i: leaf[i], x) for i in range(len(mask))]
+        wanted = Wanted(
+            self.gradient,
+            query.derivatives,
+            self.bounds,
+            float(np.max(np.asarray(query.accuracy.state))),
+        )
+        rows = iter(self._rows([p for p, m in zip(points, mask, strict=True) if m], wanted))
+        skipped = failed(points[0], query.derivatives, calls=0)
+        return self._assemble([next(rows) if m else skipped for m in mask], points[0], one)
 
-    def _call(self, x: PyTree, derivatives: int) -> tuple:
-        return self._guard(lambda: _call(self.fun, self.gradient, x, derivatives), x)
-
-    def _guard(self, evaluate: Callable[[], tuple], x: PyTree) -> tuple:
-        try:
-            return evaluate()
-        except StopIteration:
-            raise
-        except Exception:
-            if self.on_error == "raise":
+    def _rows(self, points: list[PyTree], wanted: Wanted) -> list[Row]:
+        if self.executor is None:
+            calls = [functools.partial(call, self.fun, x, wanted) for x in points]
+        else:
+            futures = [self.executor.submit(call, self.fun, x, wanted) for x in points]
+            calls = [future.result for future in futures]
+        rows = []
+        for x, evaluate in zip(points, calls, strict=True):
+            try:
+                rows.append(evaluate())
+            except StopIteration:
                 raise
-            return self._failed(x)
+            except Exception as error:
+                if self.on_error == "raise":
+                    raise
+                logger.info("the objective raised %s: %s", type(error).__name__, error)
+                rows.append(failed(x, wanted.derivatives))
+        return rows
 
-    def _failed(self, x: PyTree) -> tuple:
-        return np.nan, jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), x), 0.0, 1
-
-    def _assemble(self, rows: Iterable[tuple], x: PyTree, batch: bool) -> Evaluation:
-        values, gradients, errors, counts = zip(*rows, strict=True)
+    def _assemble(self, rows: list[Row], x: PyTree, one: bool) -> Evaluation:
         dtype = jax.tree.leaves(x)[0].dtype
-        value, error = jnp.asarray(values, dtype), jnp.asarray(errors, dtype)
-        gradient = None
-        if gradients[0] is not None:
-            gradient = jax.tree.map(lambda *g: jnp.stack([jnp.asarray(i) for i in g]), *gradients)
+        value = jnp.asarray([row.value for row in rows], dtype)
+        value_error = jnp.asarray([row.value_error for row in rows], dtype)
+        error = jnp.asarray([row.gradient_error for row in rows], dtype)
         finite = jnp.isfinite(value) | (value == -jnp.inf)
-        if gradient is not None:
+        gradient = None
+        if rows[0].gradient is not None:
+            gradient = jax.tree.map(
+                lambda *g: jnp.asarray(np.stack(g), dtype), *[row.gradient for row in rows]
+            )
             for leaf in jax.tree.leaves(gradient):
                 finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
-        if not batch:
-            value, error, finite = value[0], error[0], finite[0]
-            gradient = jax.tree.map(lambda g: g[0], gradient)
+        if one:
+            first = lambda leaf: leaf[0]  # noqa: E731
+            value, value_error, error, finite = map(first, (value, value_error, error, finite))
+            gradient = jax.tree.map(first, gradient)
         zero = jnp.zeros_like(value)
-        points = sum(counts)
+        calls = sum(row.calls for row in rows)
+        gradients = sum(row.calls > 0 for row in rows) if gradient is not None else 0
         return Evaluation(
             value=value,
-            value_error=zero,
+            value_error=value_error,
             gradient=gradient,
             gradient_error=error,
             gradient_error_parts=Accuracy(error, zero),
-            achieved=Accuracy(zero, zero),
-            work=Work(points=points, values=points, gradients=int(gradient is not None)),
+            achieved=Accuracy(error, zero),
+            work=Work(points=calls, values=calls, gradients=gradients),
             status=PointStatus.where(finite, PointStatus.ok, PointStatus.failed),
             provenance=self.provenance,
         )
-
-
-def _like(gradient: PyTree, x: PyTree) -> PyTree:
-    """The gradient with the shapes and dtype of x, or a clear error."""
-    if jax.tree.structure(gradient) != jax.tree.structure(x):
-        raise TypeError(
-            f"the gradient has structure {jax.tree.structure(gradient)}, x has "
-            f"{jax.tree.structure(x)}: return a pytree like x."
-        )
-
-    def leaf(g: Any, x: Any) -> Any:
-        if jnp.shape(g) != jnp.shape(x):
-            raise TypeError(
-                f"the gradient has shape {jnp.shape(g)} where x has {jnp.shape(x)}: return an "
-                "array like x."
-            )
-        return g.astype(x.dtype) if hasattr(g, "astype") else np.asarray(g, x.dtype)
-
-    return jax.tree.map(leaf, gradient, x)
-
-
-def _call(fun: Callable, gradient: Any, x: PyTree, derivatives: int) -> tuple:
-    """Value, gradient, gradient error and number of calls of Python code at one point."""
-    copy = lambda: jax.tree.map(np.array, x)  # noqa: E731  the user may write into x
-    if gradient is True:
-        value, g = fun(copy())
-        return _float(value), _like(g, x), 0.0, 1
-    value = _float(fun(copy()))
-    if derivatives == 0:
-        return value, None, 0.0, 1
-    if callable(gradient):
-        return value, _like(gradient(copy()), x), 0.0, 1
-    if gradient != "2-point":
-        raise TypeError(
-            "this solver needs gradients and JAX cannot differentiate Python code: give "
-            '`gradient` (`jac` of `minimize`), or "2-point" for finite differences.'
-        )
-    return _forward_differences(fun, value, x)
-
-
-def _float(value: Any) -> float:
-    if value is None:
-        raise TypeError("the objective returned None: it must return a number.")
-    if np.iscomplexobj(value):
-        raise TypeError("the objective returned a complex number: return its real part or modulus.")
-    if np.size(value) != 1:
-        raise TypeError(f"the objective returned shape {np.shape(value)}: it must return a scalar.")
-    return float(np.asarray(value).reshape(()))
-
-
-def _forward_differences(fun: Callable, value: float, x: PyTree) -> tuple:
-    """Forward differences with a step for the precision of x, and an estimate of their error."""
-    leaves, structure = jax.tree.flatten(x)
-    gradients, calls = [], 1
-    for i, leaf in enumerate(leaves):
-        step = np.sqrt(np.finfo(leaf.dtype).eps) * np.maximum(1.0, np.abs(leaf))
-        g = np.zeros_like(leaf)
-        for index in np.ndindex(leaf.shape):
-            moved = [np.array(other) for other in leaves]
-            moved[i][index] += step[index]
-            actual = moved[i][index] - leaf[index]
-            g[index] = (_float(fun(structure.unflatten(moved))) - value) / actual
-            calls += 1
-        gradients.append(g)
-    norm = np.sqrt(sum(np.sum(g**2) for g in gradients))
-    dtype = leaves[0].dtype
-    size = sum(leaf.size for leaf in leaves)
-    error = 2 * np.sqrt(np.finfo(dtype).eps * size) * max(1.0, abs(value), float(norm))
-    return value, structure.unflatten(gradients), float(error), calls

@@ -1,0 +1,125 @@
+"""One point of an objective that is Python code: called, checked, differentiated by differences.
+
+Everything here is NumPy and can be sent to another process.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from tolerax.problems.differences import differences, flat_bounds
+
+DIFFERENCES = ("2-point", "3-point")
+
+
+class Wanted(NamedTuple):
+    """What is asked at every point: the gradient and how to get it, within which bounds, and the
+    tolerance on its error."""
+
+    gradient: Any
+    derivatives: int
+    bounds: Any
+    tolerance: float
+
+
+class Row(NamedTuple):
+    """What is known at one point, and how often the function was called for it."""
+
+    value: float
+    value_error: float
+    gradient: PyTree
+    gradient_error: float
+    calls: int
+
+
+def failed(x: PyTree, derivatives: int, calls: int = 1) -> Row:
+    """The row of a point without a usable value."""
+    gradient = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), x) if derivatives else None
+    return Row(np.nan, 0.0, gradient, 0.0, calls)
+
+
+def call(fun: Callable, x: PyTree, wanted: Wanted) -> Row:
+    """Value and gradient at one point. `fun` gets copies, since it may write into them."""
+    leaves, structure = jax.tree.flatten(x)
+    dtype = leaves[0].dtype
+    copy = lambda: jax.tree.map(np.array, x)  # noqa: E731
+    if wanted.gradient is True:
+        value, gradient = fun(copy())
+        value, error = number(value, dtype)
+        return Row(value, error, like(gradient, x) if wanted.derivatives else None, 0.0, 1)
+    value, error = number(fun(copy()), dtype)
+    if wanted.derivatives == 0:
+        return Row(value, error, None, 0.0, 1)
+    if not np.isfinite(value):
+        return failed(x, 1)._replace(value=value)
+    if callable(wanted.gradient):
+        return Row(value, error, like(wanted.gradient(copy()), x), 0.0, 1)
+
+    sizes = np.cumsum([leaf.size for leaf in leaves])[:-1]
+
+    def tree(flat: np.ndarray) -> PyTree:
+        parts = np.split(flat, sizes)
+        fitted = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+        return jax.tree.unflatten(structure, fitted)
+
+    lower, upper = flat_bounds(wanted.bounds, leaves)
+    precision = max(float(np.finfo(dtype).eps), error / abs(value) if value else 0.0)
+    found = differences(
+        lambda flat: number(fun(tree(flat)), dtype)[0],
+        np.concatenate([leaf.ravel() for leaf in leaves]),
+        value,
+        precision=precision,
+        lower=lower,
+        upper=upper,
+        tolerance=wanted.tolerance,
+        central=wanted.gradient == "3-point",
+    )
+    gradient = tree(found.gradient.astype(dtype))
+    return Row(value, error, gradient, found.error, 1 + found.calls)
+
+
+def number(value: Any, dtype: Any) -> tuple[float, float]:
+    """A returned value as a float and its rounding error beyond that of `dtype`."""
+    if value is None:
+        raise TypeError("the objective returned None: it must return a number.")
+    array = np.asarray(value)
+    if np.iscomplexobj(array):
+        raise TypeError("the objective returned a complex number: return its real part or modulus.")
+    if array.size != 1:
+        raise TypeError(f"the objective returned shape {array.shape}: it must return a scalar.")
+    result = float(array.reshape(()))
+    error = rounding(array.dtype, dtype) * abs(result) if np.isfinite(result) else 0.0
+    return result, error
+
+
+def rounding(value_dtype: Any, x_dtype: Any) -> float:
+    """The relative precision of values whose type is coarser than that of x, else 0."""
+    if not jnp.issubdtype(value_dtype, jnp.floating):
+        return 0.0
+    eps = float(jnp.finfo(value_dtype).eps)
+    return eps if eps > float(jnp.finfo(x_dtype).eps) else 0.0
+
+
+def like(gradient: PyTree, x: PyTree) -> PyTree:
+    """The gradient with the shapes and dtype of x, or a clear error."""
+    if jax.tree.structure(gradient) != jax.tree.structure(x):
+        raise TypeError(
+            f"the gradient has structure {jax.tree.structure(gradient)}, x has "
+            f"{jax.tree.structure(x)}: return a pytree like x."
+        )
+
+    def leaf(g: Any, x: Any) -> Any:
+        if np.shape(g) != np.shape(x):
+            raise TypeError(
+                f"the gradient has shape {np.shape(g)} where x has {np.shape(x)}: return an "
+                "array like x."
+            )
+        if np.iscomplexobj(g):
+            raise TypeError("the gradient is complex: return its real part.")
+        return g.astype(x.dtype) if hasattr(g, "astype") else np.asarray(g, x.dtype)
+
+    return jax.tree.map(leaf, gradient, x)
