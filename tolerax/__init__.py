@@ -9,7 +9,10 @@ from tolerax.contracts import Solver as Solver
 from tolerax.contracts import Start as Start
 from tolerax.contracts import Work as Work
 from tolerax.driver import solve as solve
-from tolerax.problems.objective import Objective as Objective
+from tolerax.problems import Bilevel as Bilevel
+from tolerax.problems import Implicit as Implicit
+from tolerax.problems import Objective as Objective
+from tolerax.problems import proved as proved
 from tolerax.solution import Solution as Solution
 from tolerax.solvers.line_search import InexactLineSearch as InexactLineSearch
 from tolerax.status import PointStatus as PointStatus

@@ -1,0 +1,6 @@
+"""Inner solves: each takes a tolerance and returns its achieved residual and an error bound."""
+
+from tolerax.inner.krylov import CG as CG
+from tolerax.inner.minimizers import LBFGS as LBFGS
+from tolerax.inner.minimizers import AcceleratedGradient as AcceleratedGradient
+from tolerax.inner.minimizers import NewtonCG as NewtonCG

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
-from tolerax.solvers.lbfgs import Pairs, add_pair, inverse_product, no_pairs
+from tolerax.inner.lbfgs import Pairs, add_pair, inverse_product, no_pairs
 from tolerax.status import PointStatus, Status
 
 INCUMBENT, TRIAL, AHEAD, BEHIND = range(4)
@@ -71,7 +71,7 @@ class InexactLineSearch(Solver):
     - `accuracy`: the first request.
     - `share`: the gradient error asked for, relative to the gradient.
     - `adaptive`: `False` keeps `accuracy` throughout (for comparisons).
-    - `first_step`: length of the first trial step over `min(1, 1/|z|)|z|`.
+    - `first_step`: factor on the length of the first trial step, `max(min(|z|, 1), |x0| / 100)`.
 
     Source: the interval test and the descent test are those of MAID (Salehi, Mukherjee, Roberts,
     Ehrhardt, arXiv 2308.10098); directions, corrected values and requests are our own.
@@ -273,7 +273,9 @@ class InexactLineSearch(Solver):
         curvature = jnp.where(usable, jnp.linalg.norm(hz) / measure, 1.0)
         p = -jnp.where(certain, hz, curvature * z)
         fresh = (state.pairs.count == 0) | ~usable
-        length = jnp.minimum(1.0, 1 / measure) * self.first_step
+        # The first step is as long as the gradient but at most 1, or one part in a hundred of x.
+        length = jnp.maximum(jnp.minimum(measure, 1.0), 0.01 * jnp.linalg.norm(now.x))
+        length = length / measure * self.first_step
         p = jnp.where(fresh, -z, p)
         step = jnp.where(fresh, length, 1.0).astype(now.x.dtype)
         slope = step * jnp.dot(z, p)
@@ -351,6 +353,9 @@ class InexactLineSearch(Solver):
             keep = sy > jnp.maximum(noise, 1e-10 * jnp.linalg.norm(moved) * jnp.linalg.norm(y))
             pairs = _select(keep, add_pair(state.pairs, moved, y), state.pairs)
             longer = ~keep & (slope_there < 0.9 * slope)
+            # Where the secant of the slopes puts the minimum along p.
+            stretch = jnp.clip(slope / (slope - slope_there), 2, 10)
+            stretch = jnp.where(slope_there < slope, 10, stretch)
             new = _replace(
                 state,
                 now=told,
@@ -366,7 +371,7 @@ class InexactLineSearch(Solver):
             return _replace(
                 planned,
                 p=jnp.where(further, state.p, planned.p),
-                step=jnp.where(further, 4 * state.step, planned.step),
+                step=jnp.where(further, stretch * state.step, planned.step),
             )
 
         def refined() -> LineSearchState:

@@ -1,0 +1,63 @@
+"""Distances to a minimizer from residuals, in the energy norm.
+
+For a strongly convex h with Hessian H >= D (diagonal) everywhere and the self-concordance
+`|D^3 h(y)[u, u, v]| <= M |v|_2 u'H(y)u` (Bach, *Electronic Journal of Statistics* 4, 2010; Sun and
+Tran-Dinh, *Mathematical Programming* 178, 2019, with nu = 2) the Hessians at two points obey
+`exp(-M |y - y'|) H(y) <= H(y') <= exp(M |y - y'|) H(y)`. M = 0 for a quadratic.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Scalar = Float[Array, ""]
+Vector = Float[Array, " n"]
+LARGEST_EXPONENT = 50.0
+
+
+def dual_norm(r: Vector, d: Vector) -> Scalar:
+    """`|r|_{D^-1}`, an upper bound on `|r|_{H^-1}` for H >= D."""
+    return jnp.sqrt(jnp.sum(r * r / d))
+
+
+def shrink(a: Scalar) -> Scalar:
+    """`(1 - exp(-a)) / a`: the mean Hessian over a segment is at least this times the end's."""
+    a = jnp.minimum(a, LARGEST_EXPONENT)
+    return jnp.where(a > 1e-6, -jnp.expm1(-a) / jnp.where(a > 0, a, 1), 1 - a / 2)
+
+
+def excess(a: Scalar) -> Scalar:
+    """`(exp(a) - 1 - a) / a`: how far the mean Hessian over a segment is from the end's."""
+    a = jnp.minimum(a, LARGEST_EXPONENT)
+    return jnp.where(a > 1e-4, (jnp.expm1(a) - a) / jnp.where(a > 0, a, 1), a / 2 + a * a / 6)
+
+
+def distance(decrement: Scalar, r_dual: Scalar, d: Vector, m: Scalar) -> tuple[Scalar, Scalar]:
+    """Bounds on `|y - y*|_H` and on `M |y - y*|_2`, with H the Hessian at y.
+
+    - `decrement`: bound on the Newton decrement `|grad h(y)|_{H^-1}`.
+    - `r_dual`: `|grad h(y)|_{D^-1}`, which bounds `|y - y*|_D` by strong convexity.
+
+    With e = y - y* and G the mean Hessian, grad h(y) = G e and G >= shrink(M |e|) H, hence
+    `|e|_H shrink(M |e|) <= decrement`. Either `|e| <= |e|_H / sqrt(min D)` is put into this, which
+    can be solved while `M decrement < sqrt(min D)`, or `|e| <= r_dual / sqrt(min D)`.
+    """
+    root = jnp.sqrt(jnp.min(d))
+    decrement = jnp.minimum(decrement, r_dual)
+    ratio = m * decrement / root
+    solvable = ratio < 0.999
+    safe = jnp.where(solvable, ratio, 0.5)
+    # -log(1 - ratio) root / M, and its limit for M -> 0.
+    local = jnp.where(
+        ratio < 1e-6, decrement * (1 + ratio / 2), -jnp.log1p(-safe) * root / jnp.where(m > 0, m, 1)
+    )
+    local = jnp.where(solvable, local, jnp.inf)
+    a_global = m * r_dual / root
+    t = jnp.minimum(local, decrement / shrink(a_global))
+    a = jnp.minimum(m * jnp.minimum(t, r_dual) / root, a_global)
+    return t, a
+
+
+def decrement_for(tolerance: Scalar, d: Vector, m: Scalar) -> Scalar:
+    """The Newton decrement that is enough for `distance` to return at most `tolerance`."""
+    root = jnp.sqrt(jnp.min(d))
+    return tolerance * shrink(m * tolerance / root)

@@ -1,0 +1,316 @@
+"""Minimizers of smooth strongly convex functions that stop on a certified distance.
+
+Each is called as `minimizer(lower, y, tolerance)` with a [`Smooth`][] function, a guess and an
+absolute tolerance on `|y - y*|_H`, and returns a [`LowerResult`][].
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from tolerax.inner.bounds import decrement_for, distance, dual_norm, excess
+from tolerax.inner.krylov import CG
+from tolerax.inner.lbfgs import add_pair, inverse_product, no_pairs
+from tolerax.status import PointStatus
+
+Vector = Float[Array, " n"]
+Scalar = Float[Array, ""]
+
+
+class Smooth(eqx.Module):
+    """A smooth function h of a vector with what is known of it.
+
+    - `value(y)`: h(y).
+    - `lower_bound`: diagonal D with Hessian >= D everywhere.
+    - `self_concordance`: M with `|D^3 h[u, u, v]| <= M |v|_2 u'Hu`; 0 for a quadratic.
+    - `preconditioner(y)`: diagonal that resembles the Hessian, or `None`.
+    """
+
+    value: Callable[[Vector], Scalar]
+    lower_bound: Vector
+    self_concordance: Scalar
+    preconditioner: Callable[[Vector], Vector] | None = None
+
+    def value_and_gradient(self, y: Vector) -> tuple[Scalar, Vector]:
+        """h(y) and its gradient."""
+        return jax.value_and_grad(self.value)(y)
+
+    def hessian(self, y: Vector) -> Callable[[Vector], Vector]:
+        """Hessian products at y; what depends on y alone is computed once."""
+        return jax.linearize(jax.grad(self.value), y)[1]
+
+    def diagonal(self, y: Vector) -> Vector | None:
+        """The preconditioner at y."""
+        return None if self.preconditioner is None else self.preconditioner(y)
+
+    def distance(self, r: Vector, decrement: ArrayLike = jnp.inf) -> tuple[Scalar, Scalar]:
+        """Bounds on `|y - y*|_H` and `M |y - y*|_2` from the gradient r at y."""
+        r_dual = dual_norm(r, self.lower_bound)
+        return distance(jnp.asarray(decrement), r_dual, self.lower_bound, self.self_concordance)
+
+
+class LowerResult(eqx.Module):
+    """The answer of a lower-level solve.
+
+    - `residual`: the gradient at `y`; `distance`: bound on `|y - y*|_H`; `exponent`: bound on
+      `M |y - y*|_2`, which says how much the Hessian can change on the way to the solution.
+    - `gradients`, `products`: work. `status`: a `PointStatus`.
+    - `third`: largest `|D^3 h[d, d, d]| / (|d| d'Hd)` seen along Newton steps (0 if none): a lower
+      bound on M.
+    - `curvature`: smallest `p'Hp / p'Dp` seen: below 1 it contradicts D.
+    """
+
+    y: Vector
+    residual: Vector
+    distance: Scalar
+    exponent: Scalar
+    gradients: Int[Array, ""]
+    products: Int[Array, ""]
+    status: Any
+    third: Scalar
+    curvature: Scalar
+
+
+class Minimizer(eqx.Module):
+    """A minimizer of smooth strongly convex functions."""
+
+    @abc.abstractmethod
+    def __call__(self, lower: Smooth, y: Vector, tolerance: ArrayLike) -> LowerResult:
+        """Minimize from the guess `y` until `|y - y*|_H <= tolerance` is certain."""
+
+
+def _outcome(reached: Array, floored: Array, finite: Array) -> Any:
+    status = PointStatus.where(floored, PointStatus.floor, PointStatus.inaccurate)
+    status = PointStatus.where(reached, PointStatus.ok, status)
+    return PointStatus.where(finite, status, PointStatus.failed)
+
+
+def _rounding(y: Vector, d: Vector, scale: Scalar) -> Scalar:
+    """What rounding leaves of a distance: residuals have an error of about eps times their parts."""
+    return 4 * jnp.finfo(y.dtype).eps * scale / jnp.sqrt(jnp.min(d))
+
+
+class NewtonCG(Minimizer):
+    """Newton's method with conjugate gradients, backtracking on values.
+
+    The Newton step that certifies a point is also the next iterate: with `H d = -r` solved up to an
+    energy error e_d (Gauss-Radau), the gradient at y + d obeys
+    `|grad h(y + d)|_{H^-1} <= e_d + |third-order part|`, and the third-order part is bounded by
+    self-concordance or by its own measured size. So the distance of the returned point is certified
+    without a solve of its own.
+
+    - `forcing`: relative accuracy of a Newton step that is not the last.
+    - `max_steps`, `max_cg_steps`: the most Newton steps and CG iterations a step.
+    """
+
+    forcing: float = 0.1
+    max_steps: int = 50
+    max_cg_steps: int = 1000
+
+    def __call__(self, lower: Smooth, y: Vector, tolerance: ArrayLike) -> LowerResult:
+        d_bound, m = lower.lower_bound, lower.self_concordance
+        tolerance = jnp.asarray(tolerance, y.dtype)
+        eps = jnp.finfo(y.dtype).eps
+        count = jnp.result_type(int)
+        h, r = lower.value_and_gradient(y)
+        t, a = lower.distance(r)
+        cg = CG(self.max_cg_steps)
+        wanted = decrement_for(tolerance, d_bound, m)
+
+        def unfinished(state: tuple) -> Bool[Array, ""]:
+            y, h, r, t, a, step, *_, stuck, _, _ = state
+            return (t > tolerance) & (step < self.max_steps) & (stuck < 2) & jnp.isfinite(h)
+
+        def newton(state: tuple) -> tuple:
+            y, h, r, t, a, step, gradients, products, stuck, third, curvature = state
+            operator = lower.hessian(y)
+            solve = cg(
+                operator,
+                -r,
+                lower_bound=d_bound,
+                tolerance=0.5 * wanted,
+                relative=self.forcing,
+                preconditioner=lower.diagonal(y),
+            )
+            d, hd = solve.x, -r - solve.residual
+            dhd = jnp.maximum(jnp.dot(d, hd), 0)
+            slope = jnp.dot(r, d)
+            slack = 16 * eps * jnp.abs(h)
+
+            def backtrack(trial: tuple) -> tuple:
+                s, _, _, tries = trial
+                s = jnp.where(tries > 0, 0.5 * s, s)
+                return s, *lower.value_and_gradient(y + s * d), tries + 1
+
+            def too_long(trial: tuple) -> Bool[Array, ""]:
+                s, value, _, tries = trial
+                low_enough = value <= h + 1e-4 * s * slope + slack
+                return (tries == 0) | (~low_enough & (tries < 30))
+
+            zero = jnp.array(0, count)
+            one = jnp.ones((), y.dtype)
+            s, h_new, r_new, tries = jax.lax.while_loop(too_long, backtrack, (one, h, r, zero))
+            full = s == 1
+            # What the linear model of the gradient missed, and bounds on its dual norm.
+            left = solve.residual  # -(r + H d)
+            missed = r_new + left
+            d_norm = jnp.linalg.norm(d)
+            b = m * d_norm
+            by_constant = excess(b) * jnp.sqrt(dhd) + 64 * eps * dual_norm(r, d_bound)
+            by_size = dual_norm(missed, d_bound)
+            dual = solve.error + jnp.minimum(by_constant, by_size)
+            decrement = jnp.where(full, dual * jnp.exp(0.5 * jnp.minimum(b, 50.0)), jnp.inf)
+            t_new, a_new = lower.distance(r_new, decrement)
+            seen = 2 * jnp.abs(jnp.dot(missed, d)) / jnp.maximum(d_norm * dhd, 1e-300)
+            noise = 64 * eps * dual_norm(r, d_bound) * jnp.sqrt(dhd)
+            certain = full & (jnp.abs(jnp.dot(missed, d)) > noise)
+            third = jnp.maximum(third, jnp.where(certain, seen, 0))
+            no_gain = (t_new > 0.5 * t) & full & (d_norm <= 1e3 * eps * (1 + jnp.linalg.norm(y)))
+            return (
+                y + s * d,
+                h_new,
+                r_new,
+                t_new,
+                a_new,
+                step + 1,
+                gradients + tries,
+                products + solve.products,
+                jnp.where(no_gain | (solve.error == jnp.inf), stuck + 1, stuck),
+                third,
+                jnp.minimum(curvature, solve.curvature),
+            )
+
+        zero = jnp.array(0, count)
+        nothing = jnp.zeros((), y.dtype)
+        start = (y, h, r, t, a, zero, zero + 1, zero, zero, nothing, nothing + jnp.inf)
+        y, h, r, t, a, _, gradients, products, stuck, third, curvature = jax.lax.while_loop(
+            unfinished, newton, start
+        )
+        finite = jnp.isfinite(h) & jnp.all(jnp.isfinite(r))
+        status = _outcome(t <= tolerance, stuck >= 2, finite)
+        return LowerResult(y, r, t, a, gradients, products, status, third, curvature)
+
+
+class LBFGS(Minimizer):
+    """Limited-memory BFGS; certifies by strong convexity, `|y - y*|_D <= |grad h(y)|_{D^-1}`.
+
+    - `memory`: pairs kept. `max_steps`: the most gradients.
+    """
+
+    memory: int = eqx.field(static=True, default=10)
+    max_steps: int = 2000
+
+    def __call__(self, lower: Smooth, y: Vector, tolerance: ArrayLike) -> LowerResult:
+
+        eps = jnp.finfo(y.dtype).eps
+        count = jnp.result_type(int)
+        h, r = lower.value_and_gradient(y)
+        everywhere = jnp.ones(y.shape, bool)
+
+        def unfinished(state: tuple) -> Bool[Array, ""]:
+            _, h, r, _, _, step, stuck = state
+            far = lower.distance(r)[0] > tolerance
+            return far & (step < self.max_steps) & (stuck < 3) & jnp.isfinite(h)
+
+        def trial(state: tuple) -> tuple:
+            y, h, r, pairs, s, step, stuck = state
+            p = -inverse_product(pairs, r, everywhere)
+            scale = jnp.where(pairs.count == 0, 1 / jnp.maximum(jnp.linalg.norm(r), eps), 1)
+            moved = s * scale * p
+            h_new, r_new = lower.value_and_gradient(y + moved)
+            slope = jnp.dot(r, moved)
+            slack = 16 * eps * jnp.abs(h)
+            flat = jnp.abs(h_new - h) <= slack
+            good = (h_new <= h + 1e-4 * slope) | (
+                flat & (jnp.abs(jnp.dot(r_new, moved)) <= 0.9 * jnp.abs(slope))
+            )
+            extended = add_pair(pairs, moved, r_new - r)
+            choose = lambda a, b: jax.tree.map(lambda x, y: jnp.where(good, x, y), a, b)  # noqa: E731
+            y, h, r, pairs = choose((y + moved, h_new, r_new, extended), (y, h, r, pairs))
+            stuck = jnp.where(good, 0, jnp.where(s < 1e-6, stuck + 1, stuck))
+            # After a hopeless search the memory is dropped.
+            drop = ~good & (s < 1e-6)
+            pairs = jax.tree.map(lambda x: jnp.where(drop, jnp.zeros_like(x), x), pairs)
+            return y, h, r, pairs, jnp.where(good | drop, 1.0, 0.4 * s), step + 1, stuck
+
+        zero = jnp.array(0, count)
+        start = (y, h, r, no_pairs(self.memory, y), jnp.ones((), y.dtype), zero, zero)
+        y, h, r, _, _, steps, stuck = jax.lax.while_loop(unfinished, trial, start)
+        return _from_gradient(lower, y, h, r, tolerance, steps + 1, stuck >= 3)
+
+
+class AcceleratedGradient(Minimizer):
+    """Accelerated gradient descent with backtracking and adaptive restart (O'Donoghue and Candes,
+    *Foundations of Computational Mathematics* 15, 2015); certifies like [`LBFGS`][].
+
+    - `max_steps`: the most gradients.
+    """
+
+    max_steps: int = 10_000
+
+    def __call__(self, lower: Smooth, y: Vector, tolerance: ArrayLike) -> LowerResult:
+        eps = jnp.finfo(y.dtype).eps
+        count = jnp.result_type(int)
+        h, r = lower.value_and_gradient(y)
+        norm = jnp.linalg.norm(r)
+        smooth = jnp.maximum(norm / (1 + jnp.linalg.norm(y)), jnp.max(lower.lower_bound))
+
+        def unfinished(state: tuple) -> Bool[Array, ""]:
+            _, _, h, r, _, _, step, stuck = state
+            far = lower.distance(r)[0] > tolerance
+            return far & (step < self.max_steps) & (stuck < 60) & jnp.isfinite(h)
+
+        def trial(state: tuple) -> tuple:
+            # y is the point of the last gradient r; last is the previous step's end.
+            y, last, h, r, smooth, momentum, step, stuck = state
+            end = y - r / smooth
+            grown = 0.5 * (1 + jnp.sqrt(1 + 4 * momentum**2))
+            ahead = end + (momentum - 1) / grown * (end - last)
+            # Momentum against the gradient is dropped.
+            restart = jnp.dot(r, end - last) > 0
+            ahead = jnp.where(restart, end, ahead)
+            grown = jnp.where(restart, 1.0, grown)
+            h_new, r_new = lower.value_and_gradient(ahead)
+            # L is large enough when gradients change by at most L times the distance.
+            change, moved = jnp.linalg.norm(r_new - r), jnp.linalg.norm(ahead - y)
+            fits = change <= smooth * moved * (1 + 1e-6) + 64 * eps * norm
+            grow = lambda: (y, last, h, r, jnp.maximum(2 * smooth, change / moved), momentum)  # noqa: E731
+            go = lambda: (ahead, end, h_new, r_new, smooth * 0.999, grown)  # noqa: E731
+            new = jax.tree.map(lambda a, b: jnp.where(fits, a, b), go(), grow())
+            still = jnp.linalg.norm(new[0] - y) <= 4 * eps * jnp.linalg.norm(y)
+            return *new, step + 1, jnp.where(still, stuck + 1, 0)
+
+        zero = jnp.array(0, count)
+        start = (y, y, h, r, smooth, jnp.ones((), y.dtype), zero, zero)
+        y, _, h, r, _, _, steps, stuck = jax.lax.while_loop(unfinished, trial, start)
+        return _from_gradient(lower, y, h, r, tolerance, steps + 1, stuck >= 60)
+
+
+def _from_gradient(
+    lower: Smooth,
+    y: Vector,
+    h: Scalar,
+    r: Vector,
+    tolerance: ArrayLike,
+    gradients: Array,
+    stuck: Array,
+) -> LowerResult:
+    t, a = lower.distance(r)
+    finite = jnp.isfinite(h) & jnp.all(jnp.isfinite(r))
+    zero = jnp.array(0, jnp.result_type(int))
+    return LowerResult(
+        y,
+        r,
+        t,
+        a,
+        gradients,
+        zero,
+        _outcome(t <= tolerance, stuck, finite),
+        jnp.zeros((), y.dtype),
+        jnp.full((), jnp.inf, y.dtype),
+    )

@@ -1,0 +1,305 @@
+"""State and adjoint solves for lower levels that minimize a strongly convex function."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from tolerax.contracts import Provenance, Work
+from tolerax.inner.estimates import largest_singular_value, smallest_eigenvalue
+from tolerax.inner.krylov import CG, LinearResult
+from tolerax.inner.minimizers import Minimizer, Smooth
+from tolerax.problems.constants import constant, origin
+from tolerax.problems.implicit import Fixed, Solved
+from tolerax.problems.norms import CrossBounds, Errors, energy_errors
+from tolerax.status import PointStatus
+
+Vector = Float[Array, " n"]
+Scalar = Float[Array, ""]
+SAFETY = 4.0  # estimates of upper bounds are raised by this factor
+LANCZOS_STEPS = 12
+
+
+class Known(eqx.Module):
+    """The constants at one x: bound D on the Hessian, self-concordance M, estimates."""
+
+    lower_bound: Vector
+    self_concordance: Scalar
+    estimates: dict[str, Array]
+    work: Work
+
+
+class Minimization(eqx.Module):
+    """What both norms share: the constants, the lower-level solve, the adjoint solve."""
+
+    strong_convexity: Any
+    self_concordance: Any
+    upper_smoothness: Any
+    cross: Any
+    state_solver: Minimizer
+    adjoint_solver: CG
+    preconditioner: Any
+
+    @property
+    def provenance(self) -> Provenance:
+        names = ("strong_convexity", "self_concordance", "upper_smoothness", "cross")
+        return Provenance(tuple((name, origin(getattr(self, name))) for name in names))
+
+    def first_estimates(self, y: Vector) -> dict[str, Array]:
+        """The part of the carry that holds estimates: empty when every constant is known."""
+        zero = jnp.zeros((), y.dtype)
+        estimates = {}
+        if self.strong_convexity is None:
+            # A fixed start vector with components along every direction.
+            wave = jnp.cos(1.0 + jnp.arange(y.size, dtype=y.dtype))
+            estimates |= {"softest": wave}
+        if self.self_concordance is None:
+            estimates |= {"self_concordance": zero}
+        if self.upper_smoothness is None:
+            estimates |= {"smoothness": zero}
+        return estimates
+
+    def constants(self, at: Fixed, carry: Any) -> Known:
+        """The constants at x, measured where they are neither given nor proved."""
+        y, estimates, products = carry.y, dict(carry.estimates), 0
+        operator = None
+        if self.strong_convexity is None or self.self_concordance is None:
+            operator = jax.linearize(at.residual, y)[1]
+        if self.strong_convexity is None:
+            assert operator is not None
+            value, vector = smallest_eigenvalue(operator, estimates["softest"], LANCZOS_STEPS)
+            # A little of every direction keeps later calls from missing a new softest one.
+            wave = jnp.cos(1.0 + jnp.arange(y.size, dtype=y.dtype))
+            mixed = vector + 1e-2 * wave / jnp.linalg.norm(wave)
+            estimates["softest"] = mixed
+            tiny = jnp.finfo(y.dtype).tiny
+            lower_bound = jnp.full_like(y, jnp.maximum(0.5 * value, tiny))
+            products += min(LANCZOS_STEPS, y.size)
+        else:
+            mu = constant(self.strong_convexity, at.x)
+            flat = ravel_pytree(mu)[0].astype(y.dtype)
+            lower_bound = jnp.broadcast_to(flat, y.shape)
+        if self.self_concordance is None:
+            assert operator is not None
+            m, r = estimates["self_concordance"], at.residual(y)
+            probe = jax.jvp(lambda y: jax.jvp(at.residual, (y,), (r,))[1], (y,), (r,))[1]
+            size = jnp.linalg.norm(r) * jnp.dot(r, operator(r))
+            seen = jnp.abs(jnp.dot(probe, r)) / jnp.maximum(size, jnp.finfo(y.dtype).tiny)
+            m = jnp.maximum(m, jnp.where(jnp.isfinite(seen), seen, 0))
+            estimates["self_concordance"] = m
+            products += 3
+            self_concordance = SAFETY * m
+        else:
+            self_concordance = at.constant(self.self_concordance).astype(y.dtype)
+        return Known(lower_bound, self_concordance, estimates, Work(hessian_products=products))
+
+    def smooth(self, at: Fixed, known: Known) -> Smooth:
+        """The lower level as a function of the flat y."""
+        diagonal = None
+        if self.preconditioner is not None:
+            hook = self.preconditioner
+            diagonal = lambda y: ravel_pytree(hook(at.unravel(y), at.x))[0]  # noqa: E731
+        return Smooth(at.potential, known.lower_bound, known.self_concordance, diagonal)
+
+    def contradiction(self, curvature: Scalar, third: Scalar, known: Known) -> Array:
+        """Whether curvature seen along the way contradicts a constant that is not an estimate."""
+        wrong = jnp.array(False)
+        if self.strong_convexity is not None:
+            wrong = wrong | (curvature < 1 - 1e-6)
+        if self.self_concordance is not None:
+            wrong = wrong | (third > 1.1 * known.self_concordance + 1e-6)
+        return wrong
+
+    def solve_transpose(
+        self, at: Fixed, known: Known, y: Vector, b: Vector, tolerance: Scalar
+    ) -> LinearResult:
+        """Solve with the (symmetric) lower-level Hessian at y."""
+        return self._linear(at, known, y, b, tolerance, None)
+
+    solve_linear = solve_transpose
+
+    def _linear(
+        self,
+        at: Fixed,
+        known: Known,
+        y: Vector,
+        b: Vector,
+        tolerance: Scalar,
+        guess: Vector | None,
+    ) -> LinearResult:
+        lower = self.smooth(at, known)
+        return self.adjoint_solver(
+            lower.hessian(y),
+            b,
+            lower_bound=known.lower_bound,
+            tolerance=tolerance,
+            guess=guess,
+            preconditioner=lower.diagonal(y),
+            exact_residual=True,
+        )
+
+    def _adjoint(
+        self, at: Fixed, known: Known, y: Vector, b: Vector, guess: Vector, tolerance: Scalar
+    ) -> tuple[LinearResult, Solved]:
+        solve = self._linear(at, known, y, b, tolerance, guess)
+        wrong = self.contradiction(solve.curvature, jnp.zeros((), y.dtype), known)
+        status = PointStatus.where(solve.converged, PointStatus.ok, PointStatus.inaccurate)
+        status = PointStatus.where(wrong, PointStatus.contradicted, status)
+        work = Work(hessian_products=solve.products, linear_iterations=solve.iterations)
+        zero = jnp.zeros((), y.dtype)
+        return solve, Solved(solve.x, solve.residual, solve.error, zero, work, status, {})
+
+    def _state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar) -> Solved:
+        solve = self.state_solver(self.smooth(at, known), y, tolerance)
+        wrong = self.contradiction(solve.curvature, solve.third, known)
+        status = PointStatus.where(wrong, PointStatus.contradicted, solve.status)
+        work = known.work + Work(
+            lower_gradients=solve.gradients,
+            hessian_products=solve.products,
+            linear_iterations=solve.products,
+        )
+        estimates = dict(known.estimates)
+        if self.self_concordance is None:
+            m = estimates["self_concordance"]
+            estimates["self_concordance"] = jnp.maximum(m, solve.third)
+        return Solved(
+            solve.y, solve.residual, solve.distance, solve.exponent, work, status, estimates
+        )
+
+    @abc.abstractmethod
+    def errors(
+        self, at: Fixed, known: Known, state: Solved, adjoint: Solved, j: Scalar, g_y: Vector
+    ) -> tuple[Scalar, Errors, dict[str, Array], Work]:
+        """The value, bounds on the errors, the estimates to carry on and the work they took."""
+
+
+class Energy(Minimization):
+    """Errors in the energy norm of the lower-level Hessian H: `|e|_H^2 = e'He`.
+
+    `Accuracy.state` bounds `|y - y*|_H`, `Accuracy.adjoint` bounds `|q - H^-1 grad_y J|_H`. The
+    bounds stay within a modest factor of the true errors where Euclidean ones, divided by the
+    smallest eigenvalue, certify nothing.
+    """
+
+    def solve_state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar) -> Solved:
+        return self._state(at, known, y, tolerance)
+
+    def solve_adjoint(
+        self, at: Fixed, known: Known, y: Vector, b: Vector, guess: Vector, tolerance: Scalar
+    ) -> Solved:
+        return self._adjoint(at, known, y, b, guess, tolerance)[1]
+
+    def errors(
+        self, at: Fixed, known: Known, state: Solved, adjoint: Solved, j: Scalar, g_y: Vector
+    ) -> tuple[Scalar, Errors, dict[str, Array], Work]:
+        y, q, r = state.vector, adjoint.vector, state.residual
+        hq = g_y - adjoint.residual
+        qhq = jnp.maximum(jnp.dot(q, hq), 0)
+        tiny = jnp.finfo(y.dtype).tiny
+        estimates, products = dict(state.estimates), 0
+        if self.upper_smoothness is None:
+            # q = H^-1 grad J is close to a power step for the relative curvature of J.
+            gq = jax.jvp(jax.grad(at.cost), (y,), (q,))[1]
+            seen = jnp.abs(jnp.dot(q, gq)) / jnp.maximum(qhq, tiny)
+            smoothness = jnp.maximum(seen, 0.5 * estimates["smoothness"])
+            estimates["smoothness"] = smoothness
+            smoothness = SAFETY * smoothness
+            products += 1
+        else:
+            smoothness = at.constant(self.upper_smoothness) / jnp.min(known.lower_bound)
+        if self.cross is None:
+            cross, cost = _estimate_cross(at, known, y, q)
+            products += cost
+        else:
+            cross = constant(self.cross, at.unravel(y), at.unravel(q), at.x)
+        errors = energy_errors(
+            distance=state.error,
+            exponent=state.exponent,
+            adjoint_error=adjoint.error,
+            q_norm=jnp.sqrt(qhq),
+            smoothness=smoothness,
+            cross=cross,
+        )
+        return j - jnp.dot(q, r), errors, estimates, Work(hessian_products=products)
+
+
+class Euclidean(Minimization):
+    """Errors in the Euclidean norm, as published; kept for comparisons.
+
+    `Accuracy.state` bounds `|y - y*|` by `|grad h| / mu`, `Accuracy.adjoint` bounds the residual
+    `|H q - grad_y J|`. The value is not corrected: `J(y) +- (|grad J| eps + L_g eps^2 / 2)`.
+
+    Source: Salehi, Mukherjee, Roberts, Ehrhardt (arXiv 2308.10098) for the value; Ehrhardt and
+    Roberts, *Analyzing inexact hypergradients* (IMA J. Appl. Math. 2023) for the gradient, here
+    with the term of a Hessian that varies, `L_H <= M |H|`.
+    """
+
+    def solve_state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar) -> Solved:
+        mu = jnp.min(known.lower_bound)
+        flat = Known(jnp.full_like(y, mu), jnp.zeros_like(mu), known.estimates, known.work)
+        # |r|_{D^-1} = |r| / sqrt(mu) <= sqrt(mu) eps is |r| <= mu eps.
+        solved = self._state(at, flat, y, jnp.sqrt(mu) * tolerance)
+        error = jnp.linalg.norm(solved.residual) / mu
+        return eqx.tree_at(lambda s: s.error, solved, error)
+
+    def solve_adjoint(
+        self, at: Fixed, known: Known, y: Vector, b: Vector, guess: Vector, tolerance: Scalar
+    ) -> Solved:
+        mu = jnp.min(known.lower_bound)
+        flat = Known(jnp.full_like(y, mu), known.self_concordance, known.estimates, known.work)
+        residual_only = eqx.tree_at(
+            lambda s: s.adjoint_solver, self, CG(self.adjoint_solver.max_steps, quadrature=False)
+        )
+        solve, solved = residual_only._adjoint(at, flat, y, b, guess, tolerance / jnp.sqrt(mu))
+        return eqx.tree_at(lambda s: s.error, solved, jnp.linalg.norm(solve.residual))
+
+    def errors(
+        self, at: Fixed, known: Known, state: Solved, adjoint: Solved, j: Scalar, g_y: Vector
+    ) -> tuple[Scalar, Errors, dict[str, Array], Work]:
+        y, q, eps = state.vector, adjoint.vector, state.error
+        mu = jnp.min(known.lower_bound)
+        one = Known(jnp.ones_like(y), known.self_concordance, known.estimates, known.work)
+        cross, products = _estimate_cross(at, one, y, q)
+        # Power iteration from a fixed start for |H| and |Hess_yy J|.
+        wave = jnp.cos(1.0 + jnp.arange(y.size, dtype=y.dtype))
+        h_map = jax.linearize(at.residual, y)[1]
+        h_norm, _ = largest_singular_value(h_map, h_map, wave)
+        if self.upper_smoothness is None:
+            g_map = jax.linearize(jax.grad(at.cost), y)[1]
+            l_g = SAFETY * largest_singular_value(g_map, g_map, wave)[0]
+            products += 4
+        else:
+            l_g = at.constant(self.upper_smoothness)
+        l_h = known.self_concordance * SAFETY * h_norm
+        change = (l_g + l_h * jnp.linalg.norm(q)) / mu
+        from_state = cross.state * eps + (cross.adjoint + cross.both * eps) * change * eps
+        from_adjoint = (cross.adjoint + cross.both * eps) * adjoint.error / mu
+        value = jnp.linalg.norm(g_y) * eps + 0.5 * l_g * eps * eps
+        errors = Errors(value, from_state, from_adjoint)
+        return j, errors, dict(state.estimates), Work(hessian_products=products + 4)
+
+
+def _estimate_cross(at: Fixed, known: Known, y: Vector, q: Vector) -> tuple[CrossBounds, int]:
+    """Estimates of the cross bounds by power iteration with D in place of H (D <= H makes the
+    norms larger), raised by a safety factor; and how many products they took."""
+    root = jnp.sqrt(known.lower_bound)
+    start = jnp.cos(1.0 + jnp.arange(at.flat_x.size, dtype=y.dtype))
+    gradient_x = lambda y, q: jax.grad(at.lagrangian, argnums=2)(y, q, at.flat_x)  # noqa: E731
+
+    def norm_of(function: Any, point: Vector) -> Scalar:
+        forward = jax.linearize(function, point)[1]
+        backward = jax.linear_transpose(forward, point)
+        value, _ = largest_singular_value(
+            lambda u: backward(u)[0] / root, lambda w: forward(w / root), start
+        )
+        return SAFETY * value
+
+    adjoint = norm_of(lambda q: gradient_x(y, q), q)
+    state = norm_of(lambda y: gradient_x(y, q), y)
+    q_energy = jnp.linalg.norm(root * q)
+    both = state / jnp.maximum(q_energy, jnp.finfo(y.dtype).tiny)
+    return CrossBounds(adjoint, state, jnp.where(q_energy > 0, both, adjoint)), 8

@@ -1,0 +1,260 @@
+"""The inexact oracle: `phi(x) = J(y, x)` where y solves `F(y, x) = 0`, never exactly.
+
+State and adjoint are solved to requested tolerances; value and gradient come with bounds on their
+errors, computed from the residuals that were achieved:
+
+    value     J(y, x) - q'F(y, x)               F_y' q = J_y; its error is second order
+    gradient  J_x(y, x) - F_x(y, x)' q
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from tolerax.contracts import (
+    Accuracy,
+    Evaluation,
+    Problem,
+    Provenance,
+    Query,
+    Work,
+    tree_all_finite,
+)
+from tolerax.status import PointStatus
+
+Vector = Float[Array, " n"]
+Scalar = Float[Array, ""]
+
+
+class Carry(eqx.Module):
+    """The warm start of an implicit problem: state, adjoint, and estimated constants."""
+
+    y: Vector
+    q: Vector
+    estimates: dict[str, Array]
+
+
+class Fixed:
+    """The functions of an implicit problem at a fixed x, on flat vectors y and q."""
+
+    def __init__(self, problem: "Implicit", x: PyTree):
+        self.problem, self.x = problem, x
+        self.flat_x, self.unravel_x = ravel_pytree(x)
+        _, self.unravel = ravel_pytree(problem.y0)
+
+    def cost(self, y: Vector) -> Scalar:
+        """J(y, x)."""
+        return self.problem.cost(self.unravel(y), self.x)
+
+    def potential(self, y: Vector) -> Scalar:
+        """h(y, x) with F = grad_y h."""
+        assert self.problem.potential is not None
+        return self.problem.potential(self.unravel(y), self.x)
+
+    def residual(self, y: Vector) -> Vector:
+        """F(y, x)."""
+        if self.problem.residual is None:
+            return jax.grad(self.potential)(y)
+        return ravel_pytree(self.problem.residual(self.unravel(y), self.x))[0]
+
+    def lagrangian(self, y: Vector, q: Vector, flat_x: Vector) -> Scalar:
+        """J(y, x) - <q, F(y, x)>: its gradient in x is the gradient of phi."""
+        x = self.unravel_x(flat_x)
+        problem, y_tree = self.problem, self.unravel(y)
+        if problem.residual is None:
+            assert problem.potential is not None
+            h = problem.potential
+            pairing = jax.jvp(lambda y: h(y, x), (y_tree,), (self.unravel(q),))[1]
+        else:
+            pairing = jnp.vdot(ravel_pytree(problem.residual(y_tree, x))[0], q)
+        return problem.cost(y_tree, x) - pairing
+
+    def constant(self, value: Any) -> Scalar:
+        """A constant of the problem at x as a scalar."""
+        from tolerax.problems.constants import constant
+
+        return jnp.asarray(constant(value, self.x), self.flat_x.dtype)
+
+
+class Solved(eqx.Module):
+    """A state or adjoint solve: the vector, bounds on its error, the work and the outcome."""
+
+    vector: Vector
+    residual: Vector
+    error: Scalar
+    exponent: Scalar
+    work: Work
+    status: Any
+    estimates: dict[str, Array]
+
+
+class Implicit(Problem):
+    """Minimize `cost(y, x)` over x, where y solves `residual(y, x) = 0`.
+
+    **Arguments:**
+
+    - `cost(y, x)`: scalar J. `y0`: pytree, where the first state solve starts.
+    - `residual(y, x)`: F, a pytree like y; or `potential(y, x)`: scalar h with `F = grad_y h`, for a
+      state that minimizes h.
+    - `norm`: how state and adjoint are solved, how errors are measured and which constants bound
+      them: [`Energy`][], [`Euclidean`][] (both with a `potential`) or [`Stability`][] (with a
+      `residual`).
+    - `bounds`: pair of pytrees like x, or scalars.
+
+    The three tolerances are separate: `Accuracy.state` is on the state, `Accuracy.adjoint` on the
+    adjoint (which never inherits that of the state), and Hessian products take their own.
+    """
+
+    cost: Callable[[PyTree, PyTree], Scalar]
+    y0: PyTree[Float[Array, "..."]]
+    residual: Callable[[PyTree, PyTree], PyTree] | None
+    potential: Callable[[PyTree, PyTree], Scalar] | None
+    norm: Any
+    bounds: tuple[PyTree, PyTree] | None
+
+    def __init__(
+        self,
+        cost: Callable[[PyTree, PyTree], Scalar],
+        y0: PyTree[Float[Array, "..."]],
+        *,
+        residual: Callable[[PyTree, PyTree], PyTree] | None = None,
+        potential: Callable[[PyTree, PyTree], Scalar] | None = None,
+        norm: Any,
+        bounds: tuple[PyTree, PyTree] | None = None,
+    ):
+        if (residual is None) == (potential is None):
+            raise ValueError("give either residual or potential (whose gradient in y is F).")
+        if not jax.tree.leaves(y0) or not all(
+            jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating) for leaf in jax.tree.leaves(y0)
+        ):
+            raise TypeError(
+                "y0 must be a pytree of float arrays with at least one entry: cast it, for "
+                "instance with `jnp.asarray(y0, float)`."
+            )
+        self.cost = cost
+        self.y0 = jax.tree.map(jnp.asarray, y0)
+        self.residual = residual
+        self.potential = potential
+        self.norm = norm
+        self.bounds = bounds
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.norm.provenance
+
+    def cold_start(self) -> Carry:
+        y, _ = ravel_pytree(self.y0)
+        return Carry(y, jnp.zeros_like(y), self.norm.first_estimates(y))
+
+    def evaluate(self, query: Query) -> Evaluation:
+        if query.mask is None:
+            carry = self.cold_start() if query.carry is None else query.carry
+            return self._point(query.x, query.accuracy, carry, query.derivatives)
+        count = query.mask.shape[0]
+        carry = query.carry
+        if carry is None:
+            spread = lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf)))  # noqa: E731
+            carry = jax.tree.map(spread, self.cold_start())
+        accuracy = jax.tree.map(lambda t: jnp.broadcast_to(t, (count,)), query.accuracy)
+        point = lambda x, a, c: self._point(x, a, c, query.derivatives)  # noqa: E731
+        answers = jax.vmap(point)(query.x, accuracy, carry)
+        counted = lambda n: jnp.sum(jnp.where(query.mask, n, 0))  # noqa: E731
+        return eqx.tree_at(lambda e: e.work, answers, jax.tree.map(counted, answers.work))
+
+    def _point(self, x: PyTree, accuracy: Accuracy, carry: Carry, derivatives: int) -> Evaluation:
+        at = Fixed(self, x)
+        known = self.norm.constants(at, carry)
+        state = self.norm.solve_state(at, known, carry.y, accuracy.state)
+        y, r = state.vector, state.residual
+        j, g_y = jax.value_and_grad(at.cost)(y)
+        adjoint = self.norm.solve_adjoint(at, known, y, g_y, carry.q, accuracy.adjoint)
+        q = adjoint.vector
+        value, errors, estimates, more = self.norm.errors(at, known, state, adjoint, j, g_y)
+        gradient = jax.grad(at.lagrangian, argnums=2)(y, q, at.flat_x)
+        # Rounding is part of every error.
+        eps = jnp.finfo(y.dtype).eps
+        size = jnp.abs(j) + jnp.linalg.norm(q) * jnp.linalg.norm(r)
+        value_error = errors.value + 8 * eps * size
+        from_adjoint = errors.from_adjoint + 16 * eps * jnp.linalg.norm(gradient)
+        parts = Accuracy(errors.from_state, from_adjoint)
+        finite = jnp.isfinite(value) & tree_all_finite((gradient, y, q))
+        status = _worse(state.status, adjoint.status)
+        status = PointStatus.where(finite, status, PointStatus.failed)
+        new = Carry(y, q, estimates)
+        # A failed point must not spoil the next warm start.
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, carry)
+        hessian = None
+        if derivatives > 1:
+            hessian = ReducedHessian(self, x, y, q, known, accuracy.adjoint)
+        one = Work(points=1, values=1, gradients=1)
+        return Evaluation(
+            value=value,
+            value_error=value_error,
+            gradient=at.unravel_x(gradient),
+            gradient_error=parts.total,
+            gradient_error_parts=parts,
+            achieved=Accuracy(state.error, adjoint.error),
+            work=state.work + adjoint.work + more + one,
+            status=status,
+            carry=new,
+            hessian=hessian,
+            provenance=self.provenance,
+        )
+
+    def solve_state(
+        self, x: PyTree, tolerance: float | Array, carry: Carry | None = None
+    ) -> tuple[PyTree, Solved]:
+        """The state y(x) to a tolerance, as a pytree, and the report of the solve."""
+        carry = self.cold_start() if carry is None else carry
+        at = Fixed(self, x)
+        known = self.norm.constants(at, carry)
+        state = self.norm.solve_state(at, known, carry.y, jnp.asarray(tolerance))
+        return at.unravel(state.vector), state
+
+
+def _worse(first: Any, second: Any) -> Any:
+    """The worse of two outcomes of inner solves."""
+    status = PointStatus.ok
+    for bad in (PointStatus.floor, PointStatus.inaccurate, PointStatus.contradicted):
+        status = PointStatus.where((first == bad) | (second == bad), bad, status)
+    failed = (first == PointStatus.failed) | (second == PointStatus.failed)
+    return PointStatus.where(failed, PointStatus.failed, status)
+
+
+class ReducedHessian(eqx.Module):
+    """Products with the Hessian of phi at a point, through the adjoint equation.
+
+    With the Lagrangian L = J - <q, F>, `y' = -F_y^-1 F_x v` and `F_y' q' = L_yx v + L_yy y'`, the
+    product is `L_xx v + L_xy y' - F_x' q'`: two linear solves, never a derivative of one.
+    """
+
+    problem: Implicit
+    x: PyTree
+    y: Vector
+    q: Vector
+    known: Any
+    tolerance: Scalar
+
+    def mv(self, vector: PyTree) -> PyTree:
+        """The Hessian of phi times `vector`, a pytree like x."""
+        at = Fixed(self.problem, self.x)
+        v = ravel_pytree(vector)[0]
+        norm, known, y, q = self.problem.norm, self.known, self.y, self.q
+        scale = jnp.maximum(jnp.linalg.norm(v), jnp.finfo(v.dtype).tiny)
+        tolerance = self.tolerance * scale
+
+        def f_of_x(flat_x: Vector) -> Vector:
+            return -jax.grad(at.lagrangian, argnums=1)(y, q, flat_x)
+
+        f_x_v = jax.jvp(f_of_x, (at.flat_x,), (v,))[1]
+        dy = norm.solve_linear(at, known, y, -f_x_v, tolerance).x
+        gradients = lambda y, x: jax.grad(at.lagrangian, argnums=(0, 2))(y, q, x)  # noqa: E731
+        l_y, l_x = jax.jvp(gradients, (y, at.flat_x), (dy, v))[1]
+        dq = norm.solve_transpose(at, known, y, l_y, tolerance).x
+        last = jax.vjp(f_of_x, at.flat_x)[1](dq)[0]
+        return at.unravel_x(l_x - last)

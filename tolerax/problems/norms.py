@@ -1,0 +1,64 @@
+"""Error bounds of the inexact oracle, in two norms.
+
+Both bound the same three errors from achieved residuals: that of the state, of the value and of the
+gradient. `Energy` measures in the norm of the lower-level Hessian, `Euclidean` divides by constants
+as the published bounds do.
+"""
+
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tolerax.inner.bounds import excess
+
+Scalar = Float[Array, ""]
+
+
+class CrossBounds(eqx.Module):
+    """Bounds on the cross derivative F_x(y, x) at a point (y, q), in the energy norm of H = F_y.
+
+    - `adjoint`: B1 >= `|F_x' w|_2` for all w with `w'Hw <= 1`.
+    - `state`: B2 >= `|d/dy [grad_x J - F_x' q] e|_2` for all e with `e'He <= 1`.
+    - `both`: B12 with `|(F_x(y + e) - F_x(y))' w|_2 <= B12 |e|_H |w|_H`.
+    """
+
+    adjoint: Scalar
+    state: Scalar
+    both: Scalar
+
+
+class Errors(eqx.Module):
+    """Bounds on the errors of value and gradient; `from_state + from_adjoint` bounds the latter."""
+
+    value: Scalar
+    from_state: Scalar
+    from_adjoint: Scalar
+
+
+def energy_errors(
+    *,
+    distance: Scalar,
+    exponent: Scalar,
+    adjoint_error: Scalar,
+    q_norm: Scalar,
+    smoothness: Scalar,
+    cross: CrossBounds,
+) -> Errors:
+    """Bounds in the energy norm of H = H(y).
+
+    With e = y - y*, t = `distance` >= |e|_H, a = `exponent` >= M |e|_2, sigma = `adjoint_error` >=
+    |q - H^-1 grad J|_H and A = `smoothness` (Hess_yy J <= A H):
+
+    - value: `J(y) - q'r - f = -s'e + q'(H - G)e + R` with s = grad J - H q, G the mean Hessian over
+      the segment and |R| <= A t^2 / 2, hence at most sigma t + excess(a) |q|_H t + A t^2 / 2;
+    - adjoint: H*(q - q*) = grad J(y) - grad J(y*) - s + (H* - H) q with H* >= exp(-a) H, hence
+      |q - q*|_H <= exp(a) (sigma + A t + (exp(a) - 1) |q|_H);
+    - gradient: at most B2 t + (B1 + B12 t) |q - q*|_H.
+    """
+    t, a = distance, jnp.minimum(exponent, 50.0)
+    value = adjoint_error * t + excess(a) * q_norm * t + 0.5 * smoothness * t * t
+    from_state = jnp.exp(a) * (smoothness * t + jnp.expm1(a) * q_norm)
+    from_adjoint = jnp.exp(a) * adjoint_error
+    factor = cross.adjoint + cross.both * t
+    return Errors(value, cross.state * t + factor * from_state, factor * from_adjoint)
