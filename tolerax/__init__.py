@@ -14,7 +14,9 @@ from tolerax.problems import Implicit as Implicit
 from tolerax.problems import Objective as Objective
 from tolerax.problems import proved as proved
 from tolerax.solution import Solution as Solution
-from tolerax.solvers.line_search import InexactLineSearch as InexactLineSearch
+from tolerax.solvers import HOAG as HOAG
+from tolerax.solvers import MAID as MAID
+from tolerax.solvers import InexactLineSearch as InexactLineSearch
 from tolerax.status import PointStatus as PointStatus
 from tolerax.status import Status as Status
 

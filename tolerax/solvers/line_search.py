@@ -6,12 +6,13 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.lbfgs import Pairs, add_pair, inverse_product, no_pairs
+from tolerax.solvers._common import Box, failure, select
 from tolerax.status import PointStatus, Status
 
 INCUMBENT, TRIAL, AHEAD, BEHIND = range(4)
@@ -48,11 +49,9 @@ class LineSearchState(eqx.Module):
     scale: Float[Array, ""]
     f_scale: Float[Array, ""]
     decrease: Float[Array, ""]
-    lower: Float[Array, " n"]
-    upper: Float[Array, " n"]
+    box: Box
     done: Bool[Array, ""]
     status: Any
-    like: PyTree
 
 
 class InexactLineSearch(Solver):
@@ -114,13 +113,9 @@ class InexactLineSearch(Solver):
     # -- the four methods -------------------------------------------------------------------------
 
     def init(self, start: Start) -> LineSearchState:
-        x, _ = jax.flatten_util.ravel_pytree(start.x)
+        x, _ = ravel_pytree(start.x)
         dtype = x.dtype
         zero, inf = jnp.zeros((), dtype), jnp.array(jnp.inf, dtype)
-        if start.bounds is None:
-            lower, upper = jnp.full_like(x, -jnp.inf), jnp.full_like(x, jnp.inf)
-        else:
-            lower, upper = (jax.flatten_util.ravel_pytree(side)[0] for side in start.bounds)
         request = _cast(self.accuracy, dtype)
         nothing = Accuracy(zero, zero)
         now = Incumbent(x, inf, inf, jnp.zeros_like(x), inf, nothing, nothing, start.carry)
@@ -142,24 +137,21 @@ class InexactLineSearch(Solver):
             scale=zero,
             f_scale=zero,
             decrease=inf,
-            lower=lower,
-            upper=upper,
+            box=Box.of(start),
             done=false,
             status=Status.running,
-            like=jax.tree.map(jnp.zeros_like, start.x),
         )
 
     def ask(self, state: LineSearchState) -> Query:
         now, h = state.now, self._difference_step(state)
         offset = jnp.stack([0 * h, state.step, h, -h])[state.mode]
         x = jnp.where(state.mode == INCUMBENT, now.x, self._path(state, offset))
-        carry = _select(state.mode == TRIAL, state.trial_carry, now.carry)
-        _, unravel = jax.flatten_util.ravel_pytree(state.like)
-        return Query(unravel(x), state.request, carry)
+        carry = select(state.mode == TRIAL, state.trial_carry, now.carry)
+        return Query(state.box.unravel(x), state.request, carry)
 
     def tell(self, state: LineSearchState, query: Query, evaluation: Evaluation) -> LineSearchState:
-        x, _ = jax.flatten_util.ravel_pytree(query.x)
-        z, _ = jax.flatten_util.ravel_pytree(evaluation.gradient)
+        x, _ = ravel_pytree(query.x)
+        z, _ = ravel_pytree(evaluation.gradient)
         told = Incumbent(
             x,
             evaluation.value.astype(x.dtype),
@@ -197,9 +189,9 @@ class InexactLineSearch(Solver):
         return state.done, state.status
 
     def verify(self, state: LineSearchState, evaluation: Evaluation) -> Bool[Array, ""]:
-        z, _ = jax.flatten_util.ravel_pytree(evaluation.gradient)
+        z, _ = ravel_pytree(evaluation.gradient)
         # The tolerance is met up to the error of the two evaluations.
-        measure = self._stationarity(state, state.now.x, z) + evaluation.gradient_error
+        measure = state.box.stationarity(state.now.x, z) + evaluation.gradient_error
         return measure <= 2 * self._tolerance(state)
 
     def record(self, state: LineSearchState) -> dict[str, Array]:
@@ -208,15 +200,7 @@ class InexactLineSearch(Solver):
     # -- geometry ---------------------------------------------------------------------------------
 
     def _path(self, state: LineSearchState, step: Array) -> Float[Array, " n"]:
-        return jnp.clip(state.now.x + step * state.p, state.lower, state.upper)
-
-    def _stationarity(self, state: LineSearchState, x: Array, z: Array) -> Float[Array, ""]:
-        """Norm of the gradient without the entries that push against a bound (the limit of
-        `|P(x - t z) - x| / t` as t falls to 0)."""
-        return jnp.linalg.norm(jnp.where(self._blocked(state, x, z), 0, z))
-
-    def _blocked(self, state: LineSearchState, x: Array, z: Array) -> Bool[Array, " n"]:
-        return ((x <= state.lower) & (z > 0)) | ((x >= state.upper) & (z < 0))
+        return state.box.clip(state.now.x + step * state.p)
 
     def _tolerance(self, state: LineSearchState) -> Float[Array, ""]:
         return self.atol + self.rtol * state.scale
@@ -241,28 +225,26 @@ class InexactLineSearch(Solver):
             & (told.f_error > 0.9 * state.now.f_error)
         )
         stuck = no_better & (state.refinements > 1)
-        scale = jnp.where(first, self._stationarity(state, told.x, told.z), state.scale)
+        scale = jnp.where(first, state.box.stationarity(told.x, told.z), state.scale)
         scale = jnp.where(scale == 0, jnp.finfo(told.x.dtype).tiny, scale)
         f_scale = jnp.where(first, jnp.abs(told.f), state.f_scale)
         keep = failed & ~first
-        now = _select(keep, state.now, told)
+        now = select(keep, state.now, told)
         state = self._plan(_replace(state, now=now, scale=scale, f_scale=f_scale), converged)
         bad = failed & (first | (state.refinements >= self.max_refinements))
         state = _finish_if(state, bad & first, Status.non_finite_start)
         hopeless = (stuck | (state.refinements >= self.max_refinements)) & (state.mode == INCUMBENT)
-        cause = Status.where(
-            point_status == PointStatus.inaccurate, Status.inner_failed, Status.accuracy_floor
-        )
+        cause = failure(point_status)
         return _finish_if(state, hopeless & ~state.done, cause)
 
     def _plan(self, state: LineSearchState, converged: Any) -> LineSearchState:
         """Converged, a direction to search along, or a tighter look at the incumbent."""
         now = state.now
-        measure = self._stationarity(state, now.x, now.z)
+        measure = state.box.stationarity(now.x, now.z)
         tolerance = self._tolerance(state)
         state = _finish_if(state, measure + now.z_error <= tolerance, converged)
 
-        free = ~self._blocked(state, now.x, now.z)
+        free = ~state.box.blocked(now.x, now.z)
         z = jnp.where(free, now.z, 0)
         hz = inverse_product(state.pairs, z, free) if self.memory else z
         zhz, z_error = jnp.dot(z, hz), now.z_error
@@ -292,7 +274,7 @@ class InexactLineSearch(Solver):
         search = descends & clear & ~nearly if self.adaptive else jnp.array(True)
         request = self._request(state, target, 0.1 * worth)
         refined = jax.tree.map(jnp.minimum, request, now.achieved * 0.5)
-        request = _select(search, request, refined)
+        request = select(search, request, refined)
         return _replace(
             state,
             p=p,
@@ -351,7 +333,7 @@ class InexactLineSearch(Solver):
             sy = jnp.dot(moved, y)
             noise = (now.z_error + told.z_error) * jnp.linalg.norm(moved)
             keep = sy > jnp.maximum(noise, 1e-10 * jnp.linalg.norm(moved) * jnp.linalg.norm(y))
-            pairs = _select(keep, add_pair(state.pairs, moved, y), state.pairs)
+            pairs = select(keep, add_pair(state.pairs, moved, y), state.pairs)
             longer = ~keep & (slope_there < 0.9 * slope)
             # Where the secant of the slopes puts the minimum along p.
             stretch = jnp.clip(slope / (slope - slope_there), 2, 10)
@@ -377,7 +359,7 @@ class InexactLineSearch(Solver):
         def refined() -> LineSearchState:
             incumbent = now.f_error > told.f_error
             factor = jnp.sqrt(jnp.clip(0.25 * gain / errors, 0.01, 0.5))
-            base = _select(incumbent, now.achieved, told.achieved)
+            base = select(incumbent, now.achieved, told.achieved)
             request = jax.tree.map(jnp.minimum, base * factor, state.request)
             mode = jnp.where(incumbent, INCUMBENT, TRIAL).astype(jnp.int32)
             return _replace(
@@ -426,7 +408,7 @@ class InexactLineSearch(Solver):
         again = self._plan(again, converged)
         check = _replace(state, mode=_mode(AHEAD))
         had_memory = (state.pairs.count > 0) & ~state.restarted
-        return _select(had_memory, again, check)
+        return select(had_memory, again, check)
 
     def _tell_behind(self, state: LineSearchState, told: Incumbent) -> LineSearchState:
         """Compare the difference of two values with the gradient, then end."""
@@ -452,10 +434,6 @@ def _replace(state: LineSearchState, **changes: Any) -> LineSearchState:
 def _finish_if(state: LineSearchState, condition: Array, status: Any) -> LineSearchState:
     ends = condition & ~state.done
     return _replace(state, done=state.done | ends, status=Status.where(ends, status, state.status))
-
-
-def _select(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def _cast(accuracy: Accuracy, dtype: Any) -> Accuracy:

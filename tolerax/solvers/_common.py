@@ -1,0 +1,58 @@
+"""What gradient-based solvers share: a flat view of x within its bounds."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, PyTree
+
+from tolerax.contracts import Start
+from tolerax.status import PointStatus, Status
+
+
+class Box(eqx.Module):
+    """Bounds on the flat x, and how to turn it back into the user's pytree."""
+
+    lower: Float[Array, " n"]
+    upper: Float[Array, " n"]
+    like: PyTree
+
+    @classmethod
+    def of(cls, start: Start) -> "Box":
+        """The bounds of a start, infinite where there are none."""
+        x, _ = ravel_pytree(start.x)
+        like = jax.tree.map(jnp.zeros_like, start.x)
+        if start.bounds is None:
+            return cls(jnp.full_like(x, -jnp.inf), jnp.full_like(x, jnp.inf), like)
+        lower, upper = (ravel_pytree(side)[0] for side in start.bounds)
+        return cls(lower, upper, like)
+
+    def clip(self, x: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The nearest point within the bounds."""
+        return jnp.clip(x, self.lower, self.upper)
+
+    def unravel(self, x: Float[Array, " n"]) -> PyTree:
+        """The flat x as the user's pytree."""
+        return ravel_pytree(self.like)[1](x)
+
+    def blocked(self, x: Float[Array, " n"], z: Float[Array, " n"]) -> Bool[Array, " n"]:
+        """Where x is at a bound and the gradient z pushes against it."""
+        return ((x <= self.lower) & (z > 0)) | ((x >= self.upper) & (z < 0))
+
+    def stationarity(self, x: Float[Array, " n"], z: Float[Array, " n"]) -> Float[Array, ""]:
+        """Norm of the projected gradient: the limit of `|P(x - t z) - x| / t` as t falls to 0."""
+        return jnp.linalg.norm(jnp.where(self.blocked(x, z), 0, z))
+
+
+def select(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
+    """`yes` or `no`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def failure(status: Any) -> Any:
+    """The status of a run whose bounds cannot be tightened any more."""
+    return Status.where(
+        status == PointStatus.inaccurate, Status.inner_failed, Status.accuracy_floor
+    )
