@@ -9,6 +9,8 @@ from tolerax.contracts import Solver as Solver
 from tolerax.contracts import Start as Start
 from tolerax.contracts import Work as Work
 from tolerax.driver import solve as solve
+from tolerax.minimize import minimize as minimize
+from tolerax.minimize import scipy_method as scipy_method
 from tolerax.problems import Bilevel as Bilevel
 from tolerax.problems import Implicit as Implicit
 from tolerax.problems import Objective as Objective

@@ -34,7 +34,10 @@ def begin(
     inf = jnp.array(jnp.inf, dtype)
     # A solver asks for the same derivatives throughout, so the shape of the best point is known.
     nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), x0)
-    gradient = nothing if solver.ask(state).derivatives else None
+    first = solver.ask(state)
+    gradient = nothing if first.derivatives else None
+    if problem.host:
+        answer(first)  # a problem that cannot give what is asked says so before it is called
     best = Best(x0, inf, inf, gradient, inf, inf, inf, carry)
     size = min(max_steps + 1, MAX_HISTORY)
     history = empty_history(size, -(-(max_steps + 1) // size), dtype, solver.record(state))

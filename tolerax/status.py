@@ -36,7 +36,10 @@ class Status(eqx.Enumeration):
         "Accuracy floor: rounding keeps the error bounds above what the stopping criterion asks. "
         "Use float64, rescale the problem, or ask for a larger tolerance."
     )
-    budget = "Budget spent (`max_steps` or `max_work`): raise it, or continue from `state`."
+    budget = (
+        "Budget spent (`max_steps`, `max_work`; `maxiter`, `maxfun` of `minimize`): raise it, or "
+        "continue from `state`."
+    )
     time = "Time spent (`max_seconds`): raise it, or continue from `state`."
     stalled = (
         "Stalled: no step gave a decrease that could be told from the errors of the values. Check "

@@ -192,7 +192,7 @@ class Objective(Problem):
         if not is_concrete(query):
             # Only the shapes are wanted.
             x = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), query.x)
-            count = 1 if one else query.mask.shape[0]
+            count = 1 if query.mask is None else query.mask.shape[0]
             first = x if one else jax.tree.map(lambda leaf: leaf[0], x)
             return self._assemble([failed(first, query.derivatives)] * count, first, one)
         x = jax.tree.map(np.asarray, query.x)
