@@ -141,7 +141,7 @@ trees = st.recursive(
 
 
 @hypothesis.given(tree=trees)
-@hypothesis.settings(max_examples=150)
+@hypothesis.settings(max_examples=80)
 def test_round_trip_keeps_every_bit(tmp_path_factory, tree):
     checkpoint = Checkpoint(tmp_path_factory.mktemp("run") / "state")
     checkpoint.save(tree)
