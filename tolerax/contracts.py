@@ -1,7 +1,7 @@
 """The contract between problems and solvers: what is asked, what is answered.
 
-A solver never sees a problem. It returns a [`Query`][] (where, what, how accurately), the driver has
-the problem answer with an [`Evaluation`][], and the solver is told the answer:
+A solver never sees a problem. It returns a [`Query`][] (where, what, how accurately), the driver
+has the problem answer with an [`Evaluation`][], and the solver is told the answer:
 
     query = solver.ask(state)
     evaluation = problem.evaluate(query)
@@ -63,6 +63,8 @@ class Work(eqx.Module):
     """Work by kind. Every solver and benchmark reports cost in these, because wall time alone
     hides inner work.
 
+    A batch of runs, or the history of one, has these with leading axes.
+
     `units` adds what costs about as much as one pass over the data: points of a plain function,
     lower-level gradients, Hessian products, PDE solves and network passes.
 
@@ -70,14 +72,14 @@ class Work(eqx.Module):
     Array(6, dtype=int64...)
     """
 
-    points: Int[Array, ""]
-    values: Int[Array, ""]
-    gradients: Int[Array, ""]
-    lower_gradients: Int[Array, ""]
-    hessian_products: Int[Array, ""]
-    linear_iterations: Int[Array, ""]
-    pde_solves: Int[Array, ""]
-    network_passes: Int[Array, ""]
+    points: Int[Array, "*batch"]
+    values: Int[Array, "*batch"]
+    gradients: Int[Array, "*batch"]
+    lower_gradients: Int[Array, "*batch"]
+    hessian_products: Int[Array, "*batch"]
+    linear_iterations: Int[Array, "*batch"]
+    pde_solves: Int[Array, "*batch"]
+    network_passes: Int[Array, "*batch"]
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class Work(eqx.Module):
         pde_solves: ArrayLike = 0,
         network_passes: ArrayLike = 0,
     ):
-        def count(n: ArrayLike) -> Int[Array, ""]:
+        def count(n: ArrayLike) -> Int[Array, "*batch"]:
             return jnp.asarray(n, dtype=jnp.result_type(int))
 
         self.points = count(points)
@@ -106,7 +108,7 @@ class Work(eqx.Module):
         return jax.tree.map(jnp.add, self, other)
 
     @property
-    def units(self) -> Int[Array, ""]:
+    def units(self) -> Int[Array, "*batch"]:
         """Passes over the data. A point whose evaluation is itself counted in lower-level
         gradients, PDE solves or network passes adds nothing of its own."""
         inner = self.lower_gradients + self.hessian_products + self.pde_solves + self.network_passes

@@ -224,7 +224,7 @@ def _minimize(
         try:
             solution = _run(problem, solver, x, callback, options)
         except TypeError as error:
-            if reason is not None:
+            if reason is not None and getattr(problem, "gradient", None) is None:
                 error.add_note(f"JAX could not trace fun: {type(reason).__name__}: {reason}")
             raise
         return _result(solution, solver)
