@@ -431,7 +431,7 @@ def test_every_older_one_damaged_too(pair):
     finally:
         oldest.write_bytes(kept)
     assert error.previous is None
-    assert "no older intact one; remove the file" in str(error)
+    assert "no older intact one; to start afresh use a new path" in str(error)
 
 
 def test_foreign_files(pair):
@@ -679,7 +679,8 @@ class FaultyOs:
     CALLS = ("open", "fsync", "replace", "unlink", "listdir", "close")
 
     def __init__(self, fatal_call, error):
-        self.fatal_call, self.error = fatal_call, error
+        self.fatal_call = fatal_call
+        self.error: Any = error
         self.calls = 0
         self.names = []
 

@@ -197,7 +197,7 @@ class Checkpoint:
             older = files[: -1 - back]
             intact = next((old for old in reversed(older) if _is_intact(old)), None)
             if intact is None:
-                offer = "There is no older intact one; remove the file to start afresh."
+                offer = "There is no older intact one; to start afresh use a new path."
             else:
                 steps = len(files) - 1 - files.index(intact)
                 offer = (
