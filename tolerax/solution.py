@@ -131,8 +131,11 @@ class Solution(eqx.Module):
 
     @property
     def message(self) -> str:
-        """What the status means and what to do next (for one run, not a batch)."""
-        return Status[self.status]
+        """What the status means and what to do next (for one run, not a batch), and how many
+        evaluations failed."""
+        failures = int(self.state.failures)
+        told = f" {failures} of {int(self.steps)} evaluations failed." if failures else ""
+        return Status[self.status] + told
 
     def summary(self) -> str:
         """A few lines for people."""

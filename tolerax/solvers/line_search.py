@@ -230,9 +230,9 @@ class InexactLineSearch(Solver):
         f_scale = jnp.where(first, jnp.abs(told.f), state.f_scale)
         keep = failed & ~first
         now = select(keep, state.now, told)
-        state = self._plan(_replace(state, now=now, scale=scale, f_scale=f_scale), converged)
-        bad = failed & (first | (state.refinements >= self.max_refinements))
-        state = _finish_if(state, bad & first, Status.non_finite_start)
+        state = _replace(state, now=now, scale=scale, f_scale=f_scale)
+        # Before anything is concluded from the gradient of a failed point, which may well be 0.
+        state = self._plan(_finish_if(state, failed & first, Status.non_finite_start), converged)
         hopeless = (stuck | (state.refinements >= self.max_refinements)) & (state.mode == INCUMBENT)
         cause = failure(point_status)
         return _finish_if(state, hopeless & ~state.done, cause)
