@@ -42,7 +42,7 @@ class Host:
         """Run until the status is final or a limit is reached."""
         last = int(run.step) + max_steps
         if self.checkpoint is not None and self.checkpoint.exists():
-            run, _ = self.checkpoint.load(run)
+            run, _ = self.checkpoint.load(run, expect=self._identity())
             run = _loop.resumable(run)
         began = time.perf_counter()
         deadline = None if max_seconds is None else began + max_seconds
@@ -117,17 +117,17 @@ class Host:
         if saver.every_steps is not None:
             due = due or step - self.saved_step >= saver.every_steps
         if due or force:
-            saver.save(
-                run,
-                {
-                    "solver": type(self.solver).__name__,
-                    "solver_options": fingerprint(self.solver),
-                    "problem": fingerprint(self.problem),
-                    "step": step,
-                    "work": run.work.as_dict(),
-                },
-            )
+            counts = {"step": step, "work": run.work.as_dict()}
+            saver.save(run, self._identity() | counts)
             self.saved_at, self.saved_step = now, step
+
+    def _identity(self) -> dict[str, str]:
+        """What a checkpoint must have been made by to be continued here."""
+        return {
+            "solver": type(self.solver).__name__,
+            "solver_options": fingerprint(self.solver),
+            "problem": fingerprint(self.problem),
+        }
 
     def _end(self, run: Run, status: Any) -> Run:
         running = run.status == Status.running

@@ -90,9 +90,15 @@ def _outcome(reached: Array, floored: Array, finite: Array) -> Any:
     return PointStatus.where(finite, status, PointStatus.failed)
 
 
-def _rounding(y: Vector, d: Vector, scale: Scalar) -> Scalar:
-    """What rounding leaves of a distance: residuals have an error of about eps times their parts."""
-    return 4 * jnp.finfo(y.dtype).eps * scale / jnp.sqrt(jnp.min(d))
+def _decreased(h: Scalar, h_new: Scalar, slope: Scalar, slope_new: Scalar) -> Bool[Array, ""]:
+    """Whether a step decreased a convex h enough; both slopes are along the whole step.
+
+    Convexity gives `h_new <= h + slope_new`, so a slope that is still negative proves a decrease
+    without looking at the values, which have no digits left close to the minimum.
+    """
+    flat = jnp.abs(h_new - h) <= 1e3 * jnp.finfo(h.dtype).eps * jnp.abs(h)
+    flatter = flat & (jnp.abs(slope_new) <= 0.9 * jnp.abs(slope))
+    return (slope_new <= 0) | (h_new <= h + 1e-4 * slope) | flatter
 
 
 class NewtonCG(Minimizer):
@@ -140,7 +146,6 @@ class NewtonCG(Minimizer):
             d, hd = solve.x, -r - solve.residual
             dhd = jnp.maximum(jnp.dot(d, hd), 0)
             slope = jnp.dot(r, d)
-            slack = 16 * eps * jnp.abs(h)
 
             def backtrack(trial: tuple) -> tuple:
                 s, _, _, tries = trial
@@ -148,8 +153,8 @@ class NewtonCG(Minimizer):
                 return s, *lower.value_and_gradient(y + s * d), tries + 1
 
             def too_long(trial: tuple) -> Bool[Array, ""]:
-                s, value, _, tries = trial
-                low_enough = value <= h + 1e-4 * s * slope + slack
+                s, value, gradient, tries = trial
+                low_enough = _decreased(h, value, s * slope, s * jnp.dot(gradient, d))
                 return (tries == 0) | (~low_enough & (tries < 30))
 
             zero = jnp.array(0, count)
@@ -220,21 +225,17 @@ class LBFGS(Minimizer):
         def trial(state: tuple) -> tuple:
             y, h, r, pairs, s, step, stuck = state
             p = -inverse_product(pairs, r, everywhere)
-            scale = jnp.where(pairs.count == 0, 1 / jnp.maximum(jnp.linalg.norm(r), eps), 1)
+            scale = jnp.where(pairs.count == 0, 1 / jnp.maximum(jnp.linalg.norm(r), 1), 1)
             moved = s * scale * p
             h_new, r_new = lower.value_and_gradient(y + moved)
             slope = jnp.dot(r, moved)
-            slack = 16 * eps * jnp.abs(h)
-            flat = jnp.abs(h_new - h) <= slack
-            good = (h_new <= h + 1e-4 * slope) | (
-                flat & (jnp.abs(jnp.dot(r_new, moved)) <= 0.9 * jnp.abs(slope))
-            )
+            good = _decreased(h, h_new, slope, jnp.dot(r_new, moved))
             extended = add_pair(pairs, moved, r_new - r)
             choose = lambda a, b: jax.tree.map(lambda x, y: jnp.where(good, x, y), a, b)  # noqa: E731
             y, h, r, pairs = choose((y + moved, h_new, r_new, extended), (y, h, r, pairs))
-            stuck = jnp.where(good, 0, jnp.where(s < 1e-6, stuck + 1, stuck))
+            stuck = jnp.where(good, 0, jnp.where(s < 1e-10, stuck + 1, stuck))
             # After a hopeless search the memory is dropped.
-            drop = ~good & (s < 1e-6)
+            drop = ~good & (s < 1e-10)
             pairs = jax.tree.map(lambda x: jnp.where(drop, jnp.zeros_like(x), x), pairs)
             return y, h, r, pairs, jnp.where(good | drop, 1.0, 0.4 * s), step + 1, stuck
 

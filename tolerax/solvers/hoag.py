@@ -107,14 +107,15 @@ class HOAG(Solver):
         measure = state.box.stationarity(x, z)
         tiny = jnp.finfo(z.dtype).tiny
         scale = jnp.where(first, jnp.maximum(measure, tiny), state.scale)
-        lipschitz = jnp.where(
-            first, jnp.maximum(jnp.linalg.norm(z) / jnp.sqrt(z.size), tiny), state.lipschitz
-        )
+        # A first tolerance may be so loose that the adjoint, hence the gradient, is still zero.
+        unset = state.lipschitz == 0
+        z_norm = jnp.where(failed, 0, jnp.linalg.norm(z))
+        lipschitz = jnp.where(unset, z_norm / jnp.sqrt(z.size), state.lipschitz)
         moved = jnp.linalg.norm(x - state.last_x)
         now, ahead = self._tolerance(k), self._tolerance(k + 1)
         smooth = f <= state.last_f + ahead / 4 + 1.25 * now * moved - lipschitz * moved**2
         reject = ~first & (failed | (f >= 1.2 * state.last_f))
-        lipschitz = jnp.where(~first & smooth & ~reject, 0.95 * lipschitz, lipschitz)
+        lipschitz = jnp.where(~unset & smooth & ~reject, 0.95 * lipschitz, lipschitz)
         lipschitz = jnp.where(reject, 2 * lipschitz, lipschitz)
         base_x = jnp.where(reject, state.last_x, x)
         base_z = jnp.where(reject, state.last_z, z)
@@ -125,7 +126,7 @@ class HOAG(Solver):
         certified = evaluation.provenance.certified
         converged = Status.converged if certified else Status.converged_estimated
         new = HOAGState(
-            x=state.box.clip(base_x - base_z / lipschitz),
+            x=state.box.clip(base_x - base_z / jnp.where(lipschitz > 0, lipschitz, 1)),
             last_x=base_x,
             last_f=jnp.where(reject, state.last_f, f),
             last_z=base_z,

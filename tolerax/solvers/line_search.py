@@ -334,8 +334,10 @@ class InexactLineSearch(Solver):
             noise = (now.z_error + told.z_error) * jnp.linalg.norm(moved)
             keep = sy > jnp.maximum(noise, 1e-10 * jnp.linalg.norm(moved) * jnp.linalg.norm(y))
             pairs = select(keep, add_pair(state.pairs, moved, y), state.pairs)
+            # Slopes that hardly change say that the step was too short: where their secant puts
+            # the minimum along p, or twice as long a step when the new direction takes over.
+            short = slope_there < 0.7 * slope
             longer = ~keep & (slope_there < 0.9 * slope)
-            # Where the secant of the slopes puts the minimum along p.
             stretch = jnp.clip(slope / (slope - slope_there), 2, 10)
             stretch = jnp.where(slope_there < slope, 10, stretch)
             new = _replace(
@@ -353,7 +355,7 @@ class InexactLineSearch(Solver):
             return _replace(
                 planned,
                 p=jnp.where(further, state.p, planned.p),
-                step=jnp.where(further, stretch * state.step, planned.step),
+                step=jnp.where(further, stretch * state.step, jnp.where(short & keep, 2 * jnp.maximum(state.step, 1), 1) * planned.step),
             )
 
         def refined() -> LineSearchState:
