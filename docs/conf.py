@@ -45,6 +45,8 @@ copybutton_exclude = ".linenos, .gp, .go"
 # Reference
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
+# The methods of the contracts are described once, on the page of the contracts.
+autodoc_inherit_docstrings = False
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
