@@ -88,17 +88,20 @@ def ask(solver: Solver, run: Run) -> Query:
 
 def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
     """The run after an answer, with the best point, the history and the status brought up."""
-    run = _note(run, query, evaluation)
     checked = _check_claim(solver, run, evaluation)
+    run = _note(run, query, evaluation)
     told = solver.tell(run.solver_state, query, evaluation)
     keep = run.verifying
     state = jax.tree.map(lambda old, new: jnp.where(keep, old, new), run.solver_state, told)
-    done, status = solver.terminate(state)
-    claims = done & is_success(status) & ~keep
-    ended = Status.where(done & ~claims, status, Status.running)
+    done, outcome = solver.terminate(state)
+    # No solver has to look for this: below minus infinity there is nothing.
+    bottomless = run.best.value == -jnp.inf
+    done, outcome = done | bottomless, Status.where(bottomless, Status.unbounded, outcome)
+    claims = done & is_success(outcome) & ~keep
+    ended = Status.where(done & ~claims, outcome, Status.running)
     status = Status.where(keep, checked, ended)
     status = Status.where(run.status == Status.running, status, run.status)
-    claim = Status.where(claims, solver.terminate(state)[1], run.claim)
+    claim = Status.where(claims, outcome, run.claim)
     history = _record(run.history, run, query, evaluation, solver.record(state))
     return Run(
         state,

@@ -101,12 +101,13 @@ def inside(x: PyTree, bounds: Any) -> PyTree:
 
 
 def in_float64(tree: Any) -> Any:
-    """Arrays that were made while JAX computed in float32, cast."""
+    """Arrays that were made while JAX computed in float32, cast; floats as arrays, so that another
+    tolerance does not compile again."""
 
     def cast(leaf: Any) -> Any:
         if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf.astype(jnp.float64)
-        return leaf
+        return jnp.asarray(leaf) if type(leaf) is float else leaf
 
     return jax.tree.map(cast, tree)
 

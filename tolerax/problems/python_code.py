@@ -54,6 +54,8 @@ def call(fun: Callable, x: PyTree, wanted: Wanted) -> Row:
     value, error = number(fun(copy()), dtype)
     if wanted.derivatives == 0:
         return Row(value, error, None, 0.0, 1)
+    if value == -np.inf:  # a value, but one without a gradient
+        return Row(value, 0.0, jax.tree.map(np.zeros_like, x), 0.0, 1)
     if not np.isfinite(value):
         return failed(x, 1)._replace(value=value)
     if callable(wanted.gradient):
