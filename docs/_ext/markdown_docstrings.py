@@ -67,7 +67,15 @@ class Myst(SphinxDirective):
         return document.children
 
 
+def members(enumeration: Any) -> list[str]:
+    """The items of an Equinox enumeration with their messages."""
+    items = enumeration._name_to_item.items()
+    return ["", *(f"- `{name}`: {enumeration[item]}" for name, item in items)]
+
+
 def wrap(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    if hasattr(obj, "_name_to_item"):
+        lines += members(obj)
     if any(line.strip() for line in lines):
         lines[:] = [".. myst::", "", *("   " + line for line in translate(lines)), ""]
 
