@@ -1,0 +1,28 @@
+"""Ready-made bilevel problems, held in memory from installed packages: nothing is downloaded.
+
+| function | x | y | constants |
+|---|---|---|---|
+| [`quadratic`][] | 10 numbers | 10 numbers | proved; closed form |
+| [`digits_penalties`][] | 640 log-penalties | softmax weights | proved but for the upper level |
+| [`tv_denoising`][] | log weight, log smoothing | 10 pictures | proved |
+| [`field_of_experts`][] | 217: filters, weights, smoothings | 10 pictures | proved |
+| [`hyper_cleaning`][] | a weight a sample | softmax weights | proved |
+
+Each returns a [`LibraryProblem`][] with `problem`, `x0`, `description` and what reporting needs.
+`seed` draws splits, crops, noise and label flips: tune on some seeds and report on others.
+
+>>> from tolerax.problems.library import quadratic
+>>> print(quadratic(n=50, d=3).description)
+Quadratic, closed form: y and x in R^3, 50 rows, noise 0.01, seed 0...
+"""
+
+from tolerax.problems.library.base import LibraryProblem as LibraryProblem
+from tolerax.problems.library.cleaning import HyperCleaning as HyperCleaning
+from tolerax.problems.library.cleaning import hyper_cleaning as hyper_cleaning
+from tolerax.problems.library.closed_form import Quadratic as Quadratic
+from tolerax.problems.library.closed_form import quadratic as quadratic
+from tolerax.problems.library.experts import field_of_experts as field_of_experts
+from tolerax.problems.library.penalties import DigitsPenalties as DigitsPenalties
+from tolerax.problems.library.penalties import digits_penalties as digits_penalties
+from tolerax.problems.library.pictures import Denoising as Denoising
+from tolerax.problems.library.total_variation import tv_denoising as tv_denoising
