@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from tolerax.inner.bounds import dual_norm
+
 Vector = Float[Array, " n"]
 Operator = Callable[[Vector], Vector]
 
@@ -20,9 +22,12 @@ class LinearResult(eqx.Module):
 
     - `residual`: `b - A x`, recomputed from `x` when `exact_residual` was asked for.
     - `error`: upper bound on the error `|x - x*|_A` in the energy norm (for symmetric positive
-      definite A), or on the Euclidean error (otherwise).
+      definite A), or on the Euclidean error (otherwise). Infinite when A is seen to be indefinite.
     - `first_error`: the same bound for the guess that the solve started from.
-    - `curvature`: smallest Rayleigh quotient `p'Ap / p'Dp` met, with D the lower bound on A.
+    - `curvature`: upper bound on the smallest eigenvalue of D^-1 A, with D the lower bound on A:
+      below 0.99 it contradicts D (what is missing to 1 is left to rounding).
+    - `largest`: largest `|Ap| / |p|` met, a lower bound on the norm of A.
+    - `rounding`: the part of `error` that rounding may account for.
     - `iterations`, `products`: iterations, and products with A (one more for a guess, one more for
       a recomputed residual).
     - `converged`: whether `error <= tolerance`.
@@ -33,6 +38,8 @@ class LinearResult(eqx.Module):
     error: Float[Array, ""]
     first_error: Float[Array, ""]
     curvature: Float[Array, ""]
+    largest: Float[Array, ""]
+    rounding: Float[Array, ""]
     iterations: Int[Array, ""]
     products: Int[Array, ""]
     converged: Bool[Array, ""]
@@ -43,8 +50,10 @@ class CG(eqx.Module):
 
     With a diagonal `lower_bound` D <= A the energy norm of the error is bounded at every iteration
     by the smaller of `|r|_{D^-1}` and the Gauss-Radau quadrature of Meurant and Tichy (*Numerical
-    Algorithms* 62, 2013), which costs no further products. The bounds are rigorous (up to rounding)
-    when D is.
+    Algorithms* 62, 2013), which costs no further products. The bounds are rigorous when D is:
+    rounding, which keeps residuals from falling below about `eps |A| |x|`, is part of them. A D
+    that is too large shows in the sign of the Radau weights (the smallest Ritz value lies below it)
+    long before the error bounds go wrong by much.
 
     - `max_steps`: the most iterations.
     - `quadrature`: `False` stops on `|r|_{D^-1}` alone.
@@ -91,53 +100,91 @@ class CG(eqx.Module):
             radau = jnp.where(gamma > 0, gamma * rz, jnp.inf)
             return jnp.minimum(simple, radau) if self.quadrature else simple
 
-        x = jnp.zeros_like(b) if guess is None else guess
         r = b if guess is None else b - operator(guess)
         products = jnp.array(0 if guess is None else 1, count)
+        # Squares of the scaled residual neither overflow nor vanish.
+        scale = jnp.max(jnp.abs(r))
+        scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
+        r, x = r / scale, jnp.zeros_like(b)
+        guess_norm = jnp.zeros((), dtype) if guess is None else jnp.linalg.norm(guess / scale)
+        asked = jnp.asarray(tolerance, dtype) / scale
         z = r / p_diag
         rz = jnp.dot(r, z)
         gamma = 1 / floor
         first = bound(gamma, rz, r)
-        # Rounding keeps residuals from falling below this.
-        rounding = (eps**2) * jnp.sum(b * b / d)
+        # Residuals cannot fall below this.
+        negligible = (eps**2) * jnp.sum((b / scale) ** 2 / d)
+
+        def rounding(x: Vector, largest: Array) -> Array:
+            """The error that residuals wrong by 2 eps |A| |x| amount to."""
+            size = guess_norm + jnp.linalg.norm(x)
+            return 2 * eps * largest * size / jnp.sqrt(jnp.min(d))
 
         def unfinished(carry: tuple) -> Bool[Array, ""]:
-            _, r, _, rz, gamma, gone, _, step, bad = carry
-            error = bound(gamma, rz, r)
+            x, r, _, rz, weights, gone, (_, largest), step, bad = carry
+            squared, unsure = bound(weights[0], rz, r), rounding(x, largest)
             # What the error of the guess was: decrements so far plus what is left.
-            wanted = jnp.maximum(jnp.square(tolerance), jnp.square(relative) * (gone + error))
-            going = (error > wanted) & (rz > tiny) & (jnp.sum(r * r / d) > rounding)
+            wanted = jnp.maximum(asked, relative * jnp.sqrt(gone + squared))
+            error = jnp.sqrt(squared)
+            going = (error + unsure > wanted) & (error > 0.1 * unsure) & (rz > tiny)
+            going = going & (jnp.sum(r * r / d) > negligible)
             return going & (step < self.max_steps) & ~bad
 
         def body(carry: tuple) -> tuple:
-            x, r, p, rz, gamma, gone, curvature, step, _ = carry
+            x, r, p, rz, (gamma, test), gone, (curvature, largest), step, _ = carry
             ap = operator(p)
             pap = jnp.dot(p, ap)
             curvature = jnp.minimum(curvature, pap / jnp.maximum(jnp.dot(p, d * p), tiny))
+            norm = jnp.maximum(jnp.linalg.norm(p), tiny)
+            largest = jnp.maximum(largest, jnp.linalg.norm(ap) / norm)
             bad = ~(pap > 0)
             alpha = jnp.where(bad, 0, rz / jnp.where(bad, 1, pap))
             x, r = x + alpha * p, r - alpha * ap
             z = r / p_diag
             rz_new = jnp.dot(r, z)
             beta = rz_new / rz
-            rest = gamma - alpha
-            gamma = jnp.where(rest > 0, rest / (floor * rest + beta), jnp.nan)
-            return x, r, z + beta * p, rz_new, gamma, gone + alpha * rz, curvature, step + 1, bad
+
+            def weight(gamma: Array, floor: Array) -> Array:
+                rest = gamma - alpha
+                return jnp.where(rest > 0, rest / (floor * rest + beta), jnp.nan)
+
+            # The weights stay positive as long as the smallest Ritz value exceeds the floor.
+            slack = 0.98
+            test = weight(test, slack * floor)
+            curvature = jnp.where(jnp.isnan(test), jnp.minimum(curvature, slack), curvature)
+            weights = (weight(gamma, floor), test)
+            seen = (curvature, largest)
+            return x, r, z + beta * p, rz_new, weights, gone + alpha * rz, seen, step + 1, bad
 
         zero, inf = jnp.zeros((), dtype), jnp.array(jnp.inf, dtype)
-        start = (x, r, z, rz, gamma, zero, inf, jnp.array(0, count), jnp.array(False))
+        bad = ~jnp.isfinite(rz)
+        weights = (gamma, gamma / 0.98)
+        start = (x, r, z, rz, weights, zero, (inf, zero), jnp.array(0, count), bad)
         end = jax.lax.while_loop(unfinished, body, start)
-        x, r, _, rz, gamma, gone, curvature, steps, bad = end
+        x, r, _, rz, (gamma, _), gone, (curvature, largest), steps, bad = end
         squared = bound(gamma, rz, r)
-        error = jnp.sqrt(squared)
+        error, unsure = scale * jnp.sqrt(squared), scale * rounding(x, largest)
+        first_error = scale * jnp.sqrt(jnp.minimum(first, gone + squared)) + unsure
         products = products + steps
+        x, r = scale * x, scale * r
+        if guess is not None:
+            x = guess + x
         if exact_residual:
             true = b - operator(x)
-            error = error + jnp.sqrt(jnp.sum((true - r) ** 2 / d))
+            error = error + dual_norm(true - r, d)
             r, products = true, products + 1
-        error = jnp.where(bad, jnp.inf, error)
-        first_error = jnp.sqrt(jnp.minimum(first, gone + squared))
         wanted = jnp.maximum(tolerance, relative * first_error)
+        error = jnp.where(bad, jnp.inf, error + unsure)
+        first_error = jnp.where(bad, jnp.inf, first_error)
         return LinearResult(
-            x, r, error, first_error, curvature, steps, products, error <= 1.01 * wanted
+            x,
+            r,
+            error,
+            first_error,
+            curvature,
+            largest,
+            unsure,
+            steps,
+            products,
+            error <= 1.01 * wanted,
         )

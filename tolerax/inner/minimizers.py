@@ -62,7 +62,7 @@ class LowerResult(eqx.Module):
     - `gradients`, `products`: work. `status`: a `PointStatus`.
     - `third`: largest `|D^3 h[d, d, d]| / (|d| d'Hd)` seen along Newton steps (0 if none): a lower
       bound on M.
-    - `curvature`: smallest `p'Hp / p'Dp` seen: below 1 it contradicts D.
+    - `curvature`: bound on the smallest eigenvalue of D^-1 H seen: below 0.99 it contradicts D.
     """
 
     y: Vector
@@ -129,11 +129,11 @@ class NewtonCG(Minimizer):
         wanted = decrement_for(tolerance, d_bound, m)
 
         def unfinished(state: tuple) -> Bool[Array, ""]:
-            y, h, r, t, a, step, *_, stuck, _, _ = state
+            _, h, _, t, _, step, *_, stuck, _, _ = state
             return (t > tolerance) & (step < self.max_steps) & (stuck < 2) & jnp.isfinite(h)
 
         def newton(state: tuple) -> tuple:
-            y, h, r, t, a, step, gradients, products, stuck, third, curvature = state
+            y, h, r, t, _, step, gradients, products, stuck, third, curvature = state
             operator = lower.hessian(y)
             solve = cg(
                 operator,
@@ -211,8 +211,6 @@ class LBFGS(Minimizer):
     max_steps: int = 2000
 
     def __call__(self, lower: Smooth, y: Vector, tolerance: ArrayLike) -> LowerResult:
-
-        eps = jnp.finfo(y.dtype).eps
         count = jnp.result_type(int)
         h, r = lower.value_and_gradient(y)
         everywhere = jnp.ones(y.shape, bool)

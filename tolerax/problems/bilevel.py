@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from tolerax.contracts import Evaluation, Problem, Provenance, Query
+from tolerax.contracts import Accuracy, Evaluation, Problem, Provenance, Query
 from tolerax.inner.krylov import CG
 from tolerax.inner.minimizers import Minimizer, NewtonCG
 from tolerax.problems.constants import Proved
 from tolerax.problems.energy import Energy, Euclidean
-from tolerax.problems.implicit import Implicit
+from tolerax.problems.implicit import BackwardReport, Implicit
 from tolerax.problems.norms import CrossBounds as CrossBounds
 
 Constant = float | Array | Callable | Proved | None
@@ -147,6 +147,12 @@ class Bilevel(Problem):
 
     def cold_start(self) -> Any:
         return self.oracle.cold_start()
+
+    def solution(
+        self, x: PyTree, accuracy: Accuracy, report: BackwardReport | None = None
+    ) -> PyTree:
+        """The lower-level solution y(x), differentiable in x; see [`Implicit.solution`][]."""
+        return self.oracle.solution(x, accuracy, report)
 
     def evaluate(self, query: Query) -> Evaluation:
         return self.oracle.evaluate(query)

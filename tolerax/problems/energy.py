@@ -15,12 +15,11 @@ from tolerax.inner.krylov import CG, LinearResult
 from tolerax.inner.minimizers import Minimizer, Smooth
 from tolerax.problems.constants import constant, origin
 from tolerax.problems.implicit import Fixed, Solved
-from tolerax.problems.norms import CrossBounds, Errors, energy_errors
+from tolerax.problems.norms import SAFETY, Errors, energy_errors, estimate_cross
 from tolerax.status import PointStatus
 
 Vector = Float[Array, " n"]
 Scalar = Float[Array, ""]
-SAFETY = 4.0  # estimates of upper bounds are raised by this factor
 LANCZOS_STEPS = 12
 
 
@@ -109,7 +108,7 @@ class Minimization(eqx.Module):
         """Whether curvature seen along the way contradicts a constant that is not an estimate."""
         wrong = jnp.array(False)
         if self.strong_convexity is not None:
-            wrong = wrong | (curvature < 1 - 1e-6)
+            wrong = wrong | (curvature < 0.99)
         if self.self_concordance is not None:
             wrong = wrong | (third > 1.1 * known.self_concordance + 1e-6)
         return wrong
@@ -212,7 +211,7 @@ class Energy(Minimization):
         else:
             smoothness = at.constant(self.upper_smoothness) / jnp.min(known.lower_bound)
         if self.cross is None:
-            cross, cost = _estimate_cross(at, known, y, q)
+            cross, cost = estimate_cross(at, known.lower_bound, y, q)
             products += cost
         else:
             cross = constant(self.cross, at.unravel(y), at.unravel(q), at.x)
@@ -262,8 +261,7 @@ class Euclidean(Minimization):
     ) -> tuple[Scalar, Errors, dict[str, Array], Work]:
         y, q, eps = state.vector, adjoint.vector, state.error
         mu = jnp.min(known.lower_bound)
-        one = Known(jnp.ones_like(y), known.self_concordance, known.estimates, known.work)
-        cross, products = _estimate_cross(at, one, y, q)
+        cross, products = estimate_cross(at, jnp.ones_like(y), y, q)
         # Power iteration from a fixed start for |H| and |Hess_yy J|.
         wave = jnp.cos(1.0 + jnp.arange(y.size, dtype=y.dtype))
         h_map = jax.linearize(at.residual, y)[1]
@@ -281,25 +279,3 @@ class Euclidean(Minimization):
         value = jnp.linalg.norm(g_y) * eps + 0.5 * l_g * eps * eps
         errors = Errors(value, from_state, from_adjoint)
         return j, errors, dict(state.estimates), Work(hessian_products=products + 4)
-
-
-def _estimate_cross(at: Fixed, known: Known, y: Vector, q: Vector) -> tuple[CrossBounds, int]:
-    """Estimates of the cross bounds by power iteration with D in place of H (D <= H makes the
-    norms larger), raised by a safety factor; and how many products they took."""
-    root = jnp.sqrt(known.lower_bound)
-    start = jnp.cos(1.0 + jnp.arange(at.flat_x.size, dtype=y.dtype))
-    gradient_x = lambda y, q: jax.grad(at.lagrangian, argnums=2)(y, q, at.flat_x)  # noqa: E731
-
-    def norm_of(function: Any, point: Vector) -> Scalar:
-        forward = jax.linearize(function, point)[1]
-        backward = jax.linear_transpose(forward, point)
-        value, _ = largest_singular_value(
-            lambda u: backward(u)[0] / root, lambda w: forward(w / root), start
-        )
-        return SAFETY * value
-
-    adjoint = norm_of(lambda q: gradient_x(y, q), q)
-    state = norm_of(lambda y: gradient_x(y, q), y)
-    q_energy = jnp.linalg.norm(root * q)
-    both = state / jnp.maximum(q_energy, jnp.finfo(y.dtype).tiny)
-    return CrossBounds(adjoint, state, jnp.where(q_energy > 0, both, adjoint)), 8

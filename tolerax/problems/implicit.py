@@ -99,8 +99,8 @@ class Implicit(Problem):
     **Arguments:**
 
     - `cost(y, x)`: scalar J. `y0`: pytree, where the first state solve starts.
-    - `residual(y, x)`: F, a pytree like y; or `potential(y, x)`: scalar h with `F = grad_y h`, for a
-      state that minimizes h.
+    - `residual(y, x)`: F, a pytree like y; or `potential(y, x)`: scalar h with `F = grad_y h`, for
+      a state that minimizes h.
     - `norm`: how state and adjoint are solved, how errors are measured and which constants bound
       them: [`Energy`][], [`Euclidean`][] (both with a `potential`) or [`Stability`][] (with a
       `residual`).
@@ -206,6 +206,35 @@ class Implicit(Problem):
             provenance=self.provenance,
         )
 
+    def solution(
+        self, x: PyTree, accuracy: Accuracy, report: "BackwardReport | None" = None
+    ) -> PyTree:
+        """The state y(x), differentiable in x by `jax.grad` (implicit function theorem).
+
+        - `accuracy`: `state` is the tolerance of the forward solve, `adjoint` that of the backward
+          solve; the second never inherits the first.
+        - `report`: [`BackwardReport.blank`][]; its gradient returns how the backward solve went.
+
+        The derivative does not depend on `y0` or on the iterations of the solve.
+
+        >>> import jax, jax.numpy as jnp, tolerax
+        >>> from tolerax.problems import BackwardReport
+        >>> ridge = tolerax.Bilevel(
+        ...     lambda y, x: jnp.sum(y**2),
+        ...     lambda y, x: 0.5 * jnp.sum((y - 1) ** 2) + 0.5 * x * jnp.sum(y**2),
+        ...     jnp.zeros(2),
+        ...     strong_convexity=1.0,
+        ...     self_concordance=0.0,
+        ... )
+        >>> loss = lambda x, report: jnp.sum(
+        ...     ridge.solution(x, tolerax.Accuracy(1e-10, 1e-10), report)
+        ... )
+        >>> slope, report = jax.grad(loss, argnums=(0, 1))(1.0, BackwardReport.blank())
+        >>> round(float(slope), 6), bool(report.residual < 1e-9)
+        (-0.5, True)
+        """
+        return _solution((x, report), self, accuracy)
+
     def solve_state(
         self, x: PyTree, tolerance: float | Array, carry: Carry | None = None
     ) -> tuple[PyTree, Solved]:
@@ -215,6 +244,65 @@ class Implicit(Problem):
         known = self.norm.constants(at, carry)
         state = self.norm.solve_state(at, known, carry.y, jnp.asarray(tolerance))
         return at.unravel(state.vector), state
+
+
+class BackwardReport(eqx.Module):
+    """How the backward solve of [`Implicit.solution`][] went, returned as a gradient.
+
+    Pass `BackwardReport.blank()` to `solution` and differentiate with respect to it as well: its
+    "gradient" holds the achieved `residual` (Euclidean), the bound on the `error` of the adjoint in
+    the norm of the problem, and the `products` that the solve took.
+    """
+
+    residual: Scalar
+    error: Scalar
+    products: Scalar
+
+    @classmethod
+    def blank(cls) -> "BackwardReport":
+        """Zeros, to be filled by the backward pass."""
+        return cls(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
+
+
+@eqx.filter_custom_vjp
+def _solution(inputs: tuple, problem: Implicit, accuracy: Accuracy) -> PyTree:
+    x, _ = inputs
+    return problem.solve_state(x, accuracy.state)[0]
+
+
+@_solution.def_fwd
+def _solution_forward(
+    perturbed: PyTree, inputs: tuple, problem: Implicit, accuracy: Accuracy
+) -> tuple[PyTree, PyTree]:
+    del perturbed
+    y = _solution(inputs, problem, accuracy)
+    return y, y
+
+
+@_solution.def_bwd
+def _solution_backward(
+    y: PyTree,
+    y_bar: PyTree,
+    perturbed: PyTree,
+    inputs: tuple,
+    problem: Implicit,
+    accuracy: Accuracy,
+) -> tuple:
+    """The adjoint solve `F_y' q = y_bar`, then `x_bar = -F_x' q`."""
+    del perturbed
+    x, report = inputs
+    at = Fixed(problem, x)
+    flat, b = ravel_pytree(y)[0], ravel_pytree(y_bar)[0]
+    known = problem.norm.constants(at, problem.cold_start())
+    solve = problem.norm.solve_transpose(at, known, flat, b, accuracy.adjoint)
+    # A cost without x leaves only the equation in the Lagrangian.
+    equation = eqx.tree_at(lambda p: p.cost, problem, lambda y, x: jnp.zeros(()))
+    x_bar = jax.grad(Fixed(equation, x).lagrangian, argnums=2)(flat, solve.x, at.flat_x)
+    if report is not None:
+        products = solve.products.astype(report.products.dtype)
+        report = BackwardReport(jnp.linalg.norm(solve.residual), solve.error, products)
+        report = jax.tree.map(lambda a, b: a.astype(b.dtype), report, inputs[1])
+    return at.unravel_x(x_bar), report
 
 
 def _worse(first: Any, second: Any) -> Any:

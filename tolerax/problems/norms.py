@@ -5,14 +5,19 @@ gradient. `Energy` measures in the norm of the lower-level Hessian, `Euclidean` 
 as the published bounds do.
 """
 
+from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tolerax.inner.bounds import excess
+from tolerax.inner.estimates import largest_singular_value
 
 Scalar = Float[Array, ""]
+Vector = Float[Array, " n"]
+SAFETY = 4.0  # estimates of upper bounds are raised by this factor
 
 
 class CrossBounds(eqx.Module):
@@ -62,3 +67,25 @@ def energy_errors(
     from_adjoint = jnp.exp(a) * adjoint_error
     factor = cross.adjoint + cross.both * t
     return Errors(value, cross.state * t + factor * from_state, factor * from_adjoint)
+
+
+def estimate_cross(at: Any, lower_bound: Vector, y: Vector, q: Vector) -> tuple[CrossBounds, int]:
+    """Estimates of the cross bounds by power iteration with D in place of H (D <= H makes the
+    norms larger), raised by a safety factor; and how many products they took."""
+    root = jnp.sqrt(lower_bound)
+    start = jnp.cos(1.0 + jnp.arange(at.flat_x.size, dtype=y.dtype))
+    gradient_x = lambda y, q: jax.grad(at.lagrangian, argnums=2)(y, q, at.flat_x)  # noqa: E731
+
+    def norm_of(function: Any, point: Vector) -> Scalar:
+        forward = jax.linearize(function, point)[1]
+        backward = jax.linear_transpose(forward, point)
+        value, _ = largest_singular_value(
+            lambda u: backward(u)[0] / root, lambda w: forward(w / root), start
+        )
+        return SAFETY * value
+
+    adjoint = norm_of(lambda q: gradient_x(y, q), q)
+    state = norm_of(lambda y: gradient_x(y, q), y)
+    q_energy = jnp.linalg.norm(root * q)
+    both = state / jnp.maximum(q_energy, jnp.finfo(y.dtype).tiny)
+    return CrossBounds(adjoint, state, jnp.where(q_energy > 0, both, adjoint)), 8

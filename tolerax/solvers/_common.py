@@ -51,6 +51,21 @@ def select(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
+def resolution(x: Array, moved: Array, change: Array) -> Array:
+    """How much rounding x may change the gradient, from its `change` over the last step `moved`:
+    a secant curvature for each variable, at most that of the whole step."""
+    length = jnp.linalg.norm(moved)
+    whole = jnp.linalg.norm(change) / jnp.where(length > 0, length, 1)
+    each = jnp.abs(change) / jnp.where(moved != 0, jnp.abs(moved), jnp.inf)
+    return jnp.finfo(x.dtype).eps * jnp.linalg.norm(jnp.minimum(each, whole) * x)
+
+
+def success(converged: Any, tolerance: Array, floor: Array) -> Any:
+    """The status `converged`, unless the tolerance is below what rounding leaves of a gradient:
+    then a criterion that holds, holds by chance."""
+    return Status.where(tolerance < floor, Status.accuracy_floor, converged)
+
+
 def failure(status: Any) -> Any:
     """The status of a run whose bounds cannot be tightened any more."""
     return Status.where(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.lbfgs import Pairs, add_pair, inverse_product, no_pairs
-from tolerax.solvers._common import Box, failure, select
+from tolerax.solvers._common import Box, failure, resolution, select, success
 from tolerax.status import PointStatus, Status
 
 INCUMBENT, TRIAL, AHEAD, BEHIND = range(4)
@@ -242,7 +242,10 @@ class InexactLineSearch(Solver):
         now = state.now
         measure = state.box.stationarity(now.x, now.z)
         tolerance = self._tolerance(state)
-        state = _finish_if(state, measure + now.z_error <= tolerance, converged)
+        holds = measure + now.z_error <= tolerance
+        newest = (state.pairs.count - 1) % state.pairs.s.shape[0]
+        floor = resolution(now.x, state.pairs.s[newest], state.pairs.y[newest])
+        state = _finish_if(state, holds, success(converged, tolerance, floor))
 
         free = ~state.box.blocked(now.x, now.z)
         z = jnp.where(free, now.z, 0)
@@ -252,12 +255,12 @@ class InexactLineSearch(Solver):
         certain = usable & (z_error * jnp.linalg.norm(hz) <= (1 - self.eta) * zhz)
         steepest = z_error <= (1 - self.eta) * measure
         # Steepest descent is tried before paying for accuracy: its test is the easiest to pass.
-        curvature = jnp.where(usable, jnp.linalg.norm(hz) / measure, 1.0)
+        curvature = jnp.where(usable & (measure > 0), jnp.linalg.norm(hz) / measure, 1.0)
         p = -jnp.where(certain, hz, curvature * z)
         fresh = (state.pairs.count == 0) | ~usable
         # The first step is as long as the gradient but at most 1, or one part in a hundred of x.
         length = jnp.maximum(jnp.minimum(measure, 1.0), 0.01 * jnp.linalg.norm(now.x))
-        length = length / measure * self.first_step
+        length = length / jnp.where(measure > 0, measure, 1.0) * self.first_step
         p = jnp.where(fresh, -z, p)
         step = jnp.where(fresh, length, 1.0).astype(now.x.dtype)
         slope = step * jnp.dot(z, p)
@@ -272,8 +275,10 @@ class InexactLineSearch(Solver):
         )
         nearly = (measure <= 0.9 * tolerance) & (z_error > 0)
         search = descends & clear & ~nearly if self.adaptive else jnp.array(True)
-        request = self._request(state, target, 0.1 * worth)
-        refined = jax.tree.map(jnp.minimum, request, now.achieved * 0.5)
+        # Without a direction there is no decrease yet that the value has to resolve.
+        request = self._request(state, target, jnp.where(descends, 0.1 * worth, jnp.inf))
+        halved = jax.tree.map(lambda t: jnp.where(t > 0, 0.5 * t, jnp.inf), now.achieved)
+        refined = jax.tree.map(jnp.minimum, request, halved)
         request = select(search, request, refined)
         return _replace(
             state,
@@ -355,7 +360,11 @@ class InexactLineSearch(Solver):
             return _replace(
                 planned,
                 p=jnp.where(further, state.p, planned.p),
-                step=jnp.where(further, stretch * state.step, jnp.where(short & keep, 2 * jnp.maximum(state.step, 1), 1) * planned.step),
+                step=jnp.where(
+                    further,
+                    stretch * state.step,
+                    jnp.where(short & keep, 2 * jnp.maximum(state.step, 1), 1) * planned.step,
+                ),
             )
 
         def refined() -> LineSearchState:
@@ -381,7 +390,7 @@ class InexactLineSearch(Solver):
             cubic = 1 - (slope_there + root - d1) / (slope_there - slope + 2 * root)
             trusted = told.z_error * jnp.linalg.norm(moved) <= 0.1 * jnp.abs(slope_there)
             guess = jnp.where(trusted & jnp.isfinite(cubic), cubic, quadratic)
-            factor = jnp.clip(jnp.where(jnp.isfinite(guess), guess, 0.5), 0.1, 0.5)
+            factor = jnp.clip(jnp.where(jnp.isfinite(guess), guess, 0.5), 0.02, 0.5)
             factor = jnp.where(failed, 0.25, factor)
             step = state.step * factor
             negligible = jnp.all(self._path(state, step) == now.x)

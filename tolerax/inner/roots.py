@@ -1,0 +1,127 @@
+"""Root finders that stop on a distance: `F(y) = 0` with `|F_y^-1| <= 1/c`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from tolerax.inner.general import GMRES
+from tolerax.status import PointStatus
+
+Vector = Float[Array, " n"]
+Scalar = Float[Array, ""]
+
+
+def root_distance(r_norm: Scalar, c: Scalar, curvature: Scalar) -> Scalar:
+    """Bound on the distance to the root next to y, by Newton-Kantorovich.
+
+    - `r_norm` = |F(y)|, `c` <= sigma_min(F_y(y)), `curvature`: Lipschitz constant L of F_y.
+
+    With `b = r_norm / c` and `h = L b / c <= 1/2` there is a root within
+    `2 b / (1 + sqrt(1 - 2h))`; otherwise nothing is known (infinity). L = 0 gives `r_norm / c`.
+    """
+    b = r_norm / c
+    h = curvature * b / c
+    inside = h <= 0.5
+    t = 2 * b / (1 + jnp.sqrt(jnp.where(inside, 1 - 2 * h, 0)))
+    return jnp.where(inside, t, jnp.inf)
+
+
+class RootResult(eqx.Module):
+    """The answer of a root solve: the point, `residual` F(y), `distance` to the root, work."""
+
+    y: Vector
+    residual: Vector
+    distance: Scalar
+    evaluations: Int[Array, ""]
+    products: Int[Array, ""]
+    status: Any
+
+
+class NewtonKrylov(eqx.Module):
+    """Newton's method with a Krylov solve, backtracking on |F|, forcing terms by Eisenstat and
+    Walker (*SIAM J. Sci. Comput.* 17, 1996, choice 2).
+
+    - `linear`: [`GMRES`][], [`BiCGStab`][] or [`CG`][]. `max_steps`: the most Newton steps.
+    """
+
+    linear: Any = eqx.field(default_factory=GMRES)
+    max_steps: int = 50
+
+    def __call__(
+        self,
+        residual: Callable[[Vector], Vector],
+        y: Vector,
+        tolerance: ArrayLike,
+        *,
+        stability: Scalar,
+        curvature: Scalar,
+    ) -> RootResult:
+        """Solve from the guess y until the distance to the root is at most `tolerance`."""
+        tolerance = jnp.asarray(tolerance, y.dtype)
+        count = jnp.result_type(int)
+        bound = lambda r: root_distance(jnp.linalg.norm(r), stability, curvature)  # noqa: E731
+        ones = jnp.ones_like(y)
+
+        def unfinished(state: tuple) -> Bool[Array, ""]:
+            _, r, _, step, _, _, stuck = state
+            finite = jnp.all(jnp.isfinite(r))
+            return (bound(r) > tolerance) & (step < self.max_steps) & (stuck < 2) & finite
+
+        def newton(state: tuple) -> tuple:
+            y, r, forcing, step, evaluations, products, stuck = state
+            _, operator = jax.linearize(residual, y)
+            norm = jnp.linalg.norm(r)
+            # Errors in units of the residual; half of what is asked, so that this can be the last.
+            solve = self.linear(
+                operator,
+                -r,
+                lower_bound=ones,
+                tolerance=jnp.minimum(0.25 * stability * tolerance, 0.5 * norm),
+                relative=forcing,
+            )
+
+            def shorter(trial: tuple) -> tuple:
+                s, _, tries = trial
+                s = jnp.where(tries > 0, 0.5 * s, s)
+                return s, residual(y + s * solve.x), tries + 1
+
+            def too_long(trial: tuple) -> Bool[Array, ""]:
+                s, r_new, tries = trial
+                norm_new = jnp.linalg.norm(r_new)
+                falls = norm_new <= (1 - 1e-4 * s * (1 - forcing)) * norm
+                return (tries == 0) | (~falls & (tries < 25))
+
+            start = (jnp.ones((), y.dtype), r, jnp.array(0, count))
+            s, r_new, tries = jax.lax.while_loop(too_long, shorter, start)
+            ratio = jnp.linalg.norm(r_new) / norm
+            next_forcing = 0.9 * ratio**2
+            safeguard = 0.9 * forcing**2
+            next_forcing = jnp.where(
+                safeguard > 0.1, jnp.maximum(next_forcing, safeguard), next_forcing
+            )
+            improved = ratio < 0.9
+            y = jnp.where(ratio < 1, y + s * solve.x, y)
+            r = jnp.where(ratio < 1, r_new, r)
+            return (
+                y,
+                r,
+                jnp.clip(next_forcing, 1e-8, 0.5),
+                step + 1,
+                evaluations + tries,
+                products + solve.products,
+                jnp.where(improved, 0, stuck + 1),
+            )
+
+        zero = jnp.array(0, count)
+        start = (y, residual(y), jnp.array(0.1, y.dtype), zero, zero + 1, zero, zero)
+        y, r, _, _, evaluations, products, stuck = jax.lax.while_loop(unfinished, newton, start)
+        distance = bound(r)
+        status = PointStatus.where(stuck >= 2, PointStatus.floor, PointStatus.inaccurate)
+        status = PointStatus.where(distance <= tolerance, PointStatus.ok, status)
+        finite = jnp.all(jnp.isfinite(r))
+        status = PointStatus.where(finite, status, PointStatus.failed)
+        return RootResult(y, r, distance, evaluations, products, status)
