@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
-from tolerax.solvers._common import Box, select
+from tolerax.solvers._common import Box, resolution, select, success
 from tolerax.status import PointStatus, Status
 
 
@@ -114,15 +114,16 @@ class HOAG(Solver):
         moved = jnp.linalg.norm(x - state.last_x)
         now, ahead = self._tolerance(k), self._tolerance(k + 1)
         smooth = f <= state.last_f + ahead / 4 + 1.25 * now * moved - lipschitz * moved**2
-        reject = ~first & (failed | (f >= 1.2 * state.last_f))
+        # The published rule is f >= 1.2 last_f, meant for values that are not negative.
+        grew = f >= state.last_f + 0.2 * jnp.abs(state.last_f)
+        reject = ~first & (failed | grew)
         lipschitz = jnp.where(~unset & smooth & ~reject, 0.95 * lipschitz, lipschitz)
         lipschitz = jnp.where(reject, 2 * lipschitz, lipschitz)
         base_x = jnp.where(reject, state.last_x, x)
         base_z = jnp.where(reject, state.last_z, z)
         carry = select(reject, state.last_carry, evaluation.carry)
-        stationary = ~failed & (
-            measure + evaluation.gradient_error <= self.atol + self.rtol * scale
-        )
+        tolerance = self.atol + self.rtol * scale
+        stationary = ~failed & (measure + evaluation.gradient_error <= tolerance)
         certified = evaluation.provenance.certified
         converged = Status.converged if certified else Status.converged_estimated
         new = HOAGState(
@@ -142,7 +143,8 @@ class HOAG(Solver):
             status=state.status,
         )
         new = _end(new, failed & first, Status.non_finite_start)
-        new = _end(new, stationary, converged)
+        floor = resolution(x, x - state.last_x, z - state.last_z)
+        new = _end(new, stationary, success(converged, tolerance, floor))
         limit = -(1 + jnp.abs(state.last_f)) * jnp.finfo(x.dtype).eps ** -1.5
         new = _end(new, (f <= limit) & ~failed & ~first, Status.unbounded)
         return _end(new, new.rejections > 60, Status.stalled)

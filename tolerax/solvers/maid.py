@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
-from tolerax.solvers._common import Box, failure, select
+from tolerax.solvers._common import Box, failure, resolution, select, success
 from tolerax.status import PointStatus, Status
 
 GRADIENT, TRIAL = 0, 1
@@ -24,6 +24,7 @@ class MAIDState(eqx.Module):
     f_error: Float[Array, ""]
     z: Float[Array, " n"]
     z_error: Float[Array, ""]
+    moved: Float[Array, " n"]
     carry: PyTree
     box: Box
     mode: Int[Array, ""]
@@ -94,6 +95,7 @@ class MAID(Solver):
             f_error=inf,
             z=jnp.zeros_like(x),
             z_error=inf,
+            moved=jnp.zeros_like(x),
             carry=start.carry,
             box=Box.of(start),
             mode=count + GRADIENT,
@@ -147,7 +149,8 @@ class MAID(Solver):
         measure = state.box.stationarity(state.x, z)
         scale = jnp.where(first, jnp.maximum(measure, jnp.finfo(z.dtype).tiny), state.scale)
         z_error = evaluation.gradient_error
-        stationary = measure + z_error <= self.atol + self.rtol * scale
+        tolerance = self.atol + self.rtol * scale
+        stationary = measure + z_error <= tolerance
         descends = (z_error <= (1 - self.eta) * measure) & ~failed
         # Tighter tolerances that no longer change the bounds end the run.
         rounds = jnp.where(descends, state.rounds, state.rounds + 1)
@@ -166,7 +169,8 @@ class MAID(Solver):
             scale=scale,
         )
         new = _end(new, failed & first, Status.non_finite_start)
-        new = _end(new, stationary & ~failed, converged)
+        floor = resolution(state.x, state.moved, z - state.z)
+        new = _end(new, stationary & ~failed, success(converged, tolerance, floor))
         return _end(new, rounds > self.max_rounds, failure(evaluation.status))
 
     def _tell_trial(
@@ -187,6 +191,7 @@ class MAID(Solver):
         new = dataclasses.replace(
             state,
             x=jnp.where(accept, x, state.x),
+            moved=jnp.where(accept, x - state.x, state.moved),
             carry=select(accept, evaluation.carry, state.carry),
             mode=jnp.where(accept | give_up, GRADIENT, TRIAL).astype(jnp.int32),
             request=request,
