@@ -135,8 +135,9 @@ class CG(eqx.Module):
             ap = operator(p)
             pap = jnp.dot(p, ap)
             curvature = jnp.minimum(curvature, pap / jnp.maximum(jnp.dot(p, d * p), tiny))
-            norm = jnp.maximum(jnp.linalg.norm(p), tiny)
-            largest = jnp.maximum(largest, jnp.linalg.norm(ap) / norm)
+            unit = jnp.maximum(jnp.max(jnp.abs(p)), tiny)
+            norm = jnp.maximum(jnp.linalg.norm(p / unit), 1)
+            largest = jnp.maximum(largest, jnp.linalg.norm(ap / unit) / norm)
             bad = ~(pap > 0)
             alpha = jnp.where(bad, 0, rz / jnp.where(bad, 1, pap))
             x, r = x + alpha * p, r - alpha * ap
@@ -164,7 +165,7 @@ class CG(eqx.Module):
         x, r, _, rz, (gamma, _), gone, (curvature, largest), steps, bad = end
         squared = bound(gamma, rz, r)
         error, unsure = scale * jnp.sqrt(squared), scale * rounding(x, largest)
-        first_error = scale * jnp.sqrt(jnp.minimum(first, gone + squared)) + unsure
+        first_error = scale * jnp.sqrt(jnp.minimum(first, gone + squared))
         products = products + steps
         x, r = scale * x, scale * r
         if guess is not None:
@@ -174,8 +175,10 @@ class CG(eqx.Module):
             error = error + dual_norm(true - r, d)
             r, products = true, products + 1
         wanted = jnp.maximum(tolerance, relative * first_error)
-        error = jnp.where(bad, jnp.inf, error + unsure)
-        first_error = jnp.where(bad, jnp.inf, first_error)
+        error, first_error = error + unsure, first_error + unsure
+        unknown = bad | jnp.isnan(error)
+        error = jnp.where(unknown, jnp.inf, error)
+        first_error = jnp.where(unknown, jnp.inf, first_error)
         return LinearResult(
             x,
             r,
