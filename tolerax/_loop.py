@@ -89,20 +89,21 @@ def ask(solver: Solver, run: Run) -> Query:
 def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
     """The run after an answer, with the best point, the history and the status brought up."""
     checked = _check_claim(solver, run, evaluation)
-    run = _note(run, query, evaluation)
     told = solver.tell(run.solver_state, query, evaluation)
     keep = run.verifying
     state = jax.tree.map(lambda old, new: jnp.where(keep, old, new), run.solver_state, told)
     done, outcome = solver.terminate(state)
+    claims = done & is_success(outcome) & ~keep
+    run = _note(solver, run, query, evaluation, claims)
     # No solver has to look for this: below minus infinity there is nothing.
     bottomless = run.best.value == -jnp.inf
     done, outcome = done | bottomless, Status.where(bottomless, Status.unbounded, outcome)
-    claims = done & is_success(outcome) & ~keep
+    claims = claims & ~bottomless
     ended = Status.where(done & ~claims, outcome, Status.running)
     status = Status.where(keep, checked, ended)
     status = Status.where(run.status == Status.running, status, run.status)
     claim = Status.where(claims, outcome, run.claim)
-    history = _record(run.history, run, query, evaluation, solver.record(state))
+    history = _record(solver, run, query, evaluation, solver.record(state))
     return Run(
         state,
         run.best,
@@ -116,9 +117,9 @@ def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
     )
 
 
-def _note(run: Run, query: Query, evaluation: Evaluation) -> Run:
+def _note(solver: Solver, run: Run, query: Query, evaluation: Evaluation, claims: Array) -> Run:
     """Add the work and keep the best point."""
-    candidate, usable = _candidate(query, evaluation, run.best)
+    candidate, usable = _candidate(solver, query, evaluation, run.best)
     failed = evaluation.status == PointStatus.failed
     failed = jnp.all(failed if query.mask is None else failed | ~query.mask)
     best = run.best
@@ -128,8 +129,12 @@ def _note(run: Run, query: Query, evaluation: Evaluation) -> Run:
     lower = upper < best_upper
     # Among points whose values cannot be told apart the smaller gradient is the better one.
     tie = (upper <= best_upper + slack) & (candidate.gradient_norm < best.gradient_norm)
-    feasible, best_feasible = candidate.violation <= 0, best.violation <= 0
-    better = jnp.where(feasible & best_feasible, lower | tie, candidate.violation < best.violation)
+    feasible = candidate.violation <= solver.feasibility
+    both = feasible & (best.violation <= solver.feasibility)
+    better = jnp.where(both, lower | tie, candidate.violation < best.violation)
+    if evaluation.violation is not None:
+        # A little infeasibility buys a lower value: the solver says which point it means.
+        better = better | (claims & feasible)
     # A second look at the best point replaces what is known about it.
     better = (better | run.verifying) & usable
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), candidate, best)
@@ -138,7 +143,9 @@ def _note(run: Run, query: Query, evaluation: Evaluation) -> Run:
     return eqx.tree_at(where, run, (best, run.work + evaluation.work, failures))
 
 
-def _candidate(query: Query, evaluation: Evaluation, best: Best) -> tuple[Best, Bool[Array, ""]]:
+def _candidate(
+    solver: Solver, query: Query, evaluation: Evaluation, best: Best
+) -> tuple[Best, Bool[Array, ""]]:
     """The best point of an answer as a `Best`, and whether its value says anything."""
     dtype = best.value.dtype
     value, error = evaluation.value.astype(dtype), evaluation.value_error.astype(dtype)
@@ -162,7 +169,7 @@ def _candidate(query: Query, evaluation: Evaluation, best: Best) -> tuple[Best, 
     usable = value + error < jnp.inf
     if query.mask is not None:
         usable = usable & query.mask
-        rank = jnp.where(usable & (violation <= 0), value + error, jnp.inf)
+        rank = jnp.where(usable & (violation <= solver.feasibility), value + error, jnp.inf)
         index = jnp.where(
             jnp.any(rank < jnp.inf),
             jnp.argmin(rank),
@@ -186,15 +193,17 @@ def _check_claim(solver: Solver, run: Run, evaluation: Evaluation) -> Any:
         value, error = value[0], error[0]
     rounding = 64 * jnp.finfo(run.best.value.dtype).eps * (1.0 + jnp.abs(run.best.value))
     same = jnp.abs(value - run.best.value) <= error + run.best.value_error + rounding
-    holds = solver.verify(run.solver_state, evaluation) & same
+    feasible = run.best.violation <= solver.feasibility
+    holds = solver.verify(run.solver_state, evaluation) & same & feasible
     return Status.where(holds, run.claim, Status.not_reproduced)
 
 
 def _record(
-    history: History, run: Run, query: Query, evaluation: Evaluation, extra: dict[str, Array]
+    solver: Solver, run: Run, query: Query, evaluation: Evaluation, extra: dict[str, Array]
 ) -> History:
     """One more row."""
-    shown, _ = _candidate(query, evaluation, run.best)
+    history = run.history
+    shown, _ = _candidate(solver, query, evaluation, run.best)
     accuracy, achieved = query.accuracy, evaluation.achieved
     row = {
         "value": shown.value,

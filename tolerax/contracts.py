@@ -139,7 +139,12 @@ class Provenance(eqx.Module):
 
 
 class LinearMap(Protocol):
-    """An operator of an evaluation, for instance the Hessian: an Equinox module with `mv`."""
+    """An operator of an evaluation, for instance the Hessian: an Equinox module with `mv`, and with
+    `rmv` (products with the transpose) where it is a Jacobian.
+
+    Everything that changes from answer to answer is an array field, never a closure: so operators
+    can be returned from compiled code, kept in the state of a solver, and never recompile.
+    """
 
     def mv(self, vector: PyTree, /) -> PyTree: ...
 
@@ -170,8 +175,11 @@ class Evaluation(eqx.Module):
       norm; `gradient_error_parts` says how much of it comes from the state and from the adjoint,
       so that a solver tightens what dominates.
     - `achieved`: the errors achieved in state and adjoint, in the units of the request.
-    - `hessian`: an operator with `mv`, at this point.
-    - `constraints`: constraint values; `violation`: the largest violation (0 when feasible).
+    - `hessian`: an operator with `mv`, at this point. With constraints, `mv(vector, multipliers)`
+      is a product with the Hessian of `value + <multipliers, constraints>`.
+    - `constraints`: constraint values; `jacobian`: their Jacobian operator, with `mv` and `rmv`;
+      `violation`: the largest violation (0 when feasible).
+    - `residuals`: r, where `value` is `|r|^2 / 2`; `residuals_jacobian`: their Jacobian operator.
     - `carry`: the warm start for the next query near this point.
     - `work`, `status`, `provenance`: cost, outcome, and the origin of constants.
     """
@@ -187,6 +195,9 @@ class Evaluation(eqx.Module):
     carry: PyTree = None
     hessian: Any = None
     constraints: PyTree = None
+    jacobian: Any = None
+    residuals: PyTree = None
+    residuals_jacobian: Any = None
     violation: Float[Array, "*batch"] | None = None
     provenance: Provenance = Provenance()
 
@@ -315,6 +326,12 @@ class Solver(eqx.Module):
     def honours_bounds(self) -> bool:
         """Whether every point that `ask` returns lies within the bounds."""
         return False
+
+    @property
+    def feasibility(self) -> ArrayLike:
+        """The largest `violation` of a point that counts as feasible. A solver of problems with
+        constraints gives its tolerance, and claims success when told about the point it means."""
+        return 0.0
 
 
 def tree_all_finite(tree: PyTree) -> Bool[Array, ""]:
