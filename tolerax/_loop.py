@@ -57,10 +57,11 @@ def resumable(run: Run) -> Run:
 
 
 def extended(run: Run, rows: int) -> Run:
-    """The run with room for `rows` more rows of history, as far as `MAX_HISTORY` allows."""
+    """The run with room for `rows` more rows of history, as far as `MAX_HISTORY` allows: as much as
+    one long run would have."""
     history = run.history
     size = history.value.shape[0]
-    need = min(-(-(int(run.step) + rows) // history.stride), MAX_HISTORY)
+    need = min(-(-(int(run.step) + rows + 1) // history.stride), MAX_HISTORY)
     if need <= size:
         return run
 
@@ -94,7 +95,8 @@ def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
     state = jax.tree.map(lambda old, new: jnp.where(keep, old, new), run.solver_state, told)
     done, outcome = solver.terminate(state)
     claims = done & is_success(outcome) & ~keep
-    run = _note(solver, run, query, evaluation, claims)
+    own = jax.tree.map(jnp.subtract, solver.work(state), solver.work(run.solver_state))
+    run = _note(solver, run, query, evaluation, own, claims)
     # No solver has to look for this: below minus infinity there is nothing.
     bottomless = run.best.value == -jnp.inf
     done, outcome = done | bottomless, Status.where(bottomless, Status.unbounded, outcome)
@@ -117,8 +119,10 @@ def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
     )
 
 
-def _note(solver: Solver, run: Run, query: Query, evaluation: Evaluation, claims: Array) -> Run:
-    """Add the work and keep the best point."""
+def _note(
+    solver: Solver, run: Run, query: Query, evaluation: Evaluation, own: Work, claims: Array
+) -> Run:
+    """Add the work, also the solver's own, and keep the best point."""
     candidate, usable = _candidate(solver, query, evaluation, run.best)
     failed = evaluation.status == PointStatus.failed
     failed = jnp.all(failed if query.mask is None else failed | ~query.mask)
@@ -140,7 +144,7 @@ def _note(solver: Solver, run: Run, query: Query, evaluation: Evaluation, claims
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), candidate, best)
     failures = run.failures + failed.astype(run.failures.dtype)
     where = lambda r: (r.best, r.work, r.failures)  # noqa: E731
-    return eqx.tree_at(where, run, (best, run.work + evaluation.work, failures))
+    return eqx.tree_at(where, run, (best, run.work + evaluation.work + own, failures))
 
 
 def _candidate(
