@@ -106,3 +106,68 @@ def test_slightly_infeasible_points_with_lower_values_do_not_shadow_the_solution
     assert bool(solution.success), solution.message
     assert float(solution.history.rows()["value"][0]) < -5.1
     np.testing.assert_allclose(solution.x, [-1.0, -2.0], atol=1e-8)
+
+
+class NewtonState(eqx.Module):
+    x: jax.Array
+    f: jax.Array
+    p: jax.Array
+    step: jax.Array
+    done: jax.Array
+    products: jax.Array
+
+
+class TinyNewton(Solver):
+    """Newton's method by conjugate gradients on the Hessian of the answer, halving its steps."""
+
+    tol: float = 1e-8
+
+    def init(self, start):
+        x, one = start.x, jnp.array(1.0)
+        return NewtonState(x, jnp.inf * one, 0 * x, one, jnp.array(False), jnp.array(0))
+
+    def ask(self, state):
+        return Query(state.x + state.step * state.p, Accuracy(0.0, 0.0), derivatives=2)
+
+    def tell(self, state, query, evaluation):
+        f, g, b = evaluation.value, evaluation.gradient, jnp.vdot
+        good = (evaluation.status != PointStatus.failed) & (f <= state.f)
+
+        def iterate(cg):
+            p, r, d, k = cg
+            hd = evaluation.hessian.mv(d)
+            a = b(r, r) / b(d, hd)
+            r, old = r - a * hd, r
+            return p + a * d, r, r + b(r, r) / b(old, old) * d, k + 1
+
+        going = lambda cg: good & (b(cg[1], cg[1]) > 1e-4 * b(g, g)) & (cg[3] < 2 * g.size)  # noqa: E731
+        p, _, _, k = jax.lax.while_loop(going, iterate, (0 * g, -g, -g, jnp.array(0)))
+        p = jnp.where(b(p, g) < 0, p, -g)
+        accepted = NewtonState(
+            query.x, f, p, jnp.array(1.0), jnp.linalg.norm(g) <= self.tol, state.products + k
+        )
+        shorter = eqx.tree_at(lambda s: s.step, state, state.step / 2)
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), accepted, shorter)
+
+    def terminate(self, state):
+        return state.done, Status.where(state.done, Status.converged, Status.running)
+
+    def verify(self, state, evaluation):
+        return jnp.linalg.norm(evaluation.gradient) <= 2 * self.tol
+
+    def work(self, state):
+        return Work(hessian_products=state.products)
+
+
+def rosenbrock(x):
+    return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+
+
+def test_products_taken_in_tell_are_work():
+    solution = solve(Objective(rosenbrock), TinyNewton(), jnp.array([-1.2, 1.0]))
+    assert bool(solution.success), solution.message
+    products = int(solution.state.solver_state.products)
+    assert products > 10  # at least one a step, and Newton's method needs more than ten
+    assert int(solution.work.hessian_products) == products
+    # The claim is checked by one more answer, whose products the solver never saw.
+    assert solution.history.rows()["hessian_products"][-1] == products

@@ -292,8 +292,9 @@ class Start:
 class Solver(eqx.Module):
     """A solver is immutable configuration; what evolves lives in a state (a pytree of arrays).
 
-    Four methods make a solver. Two more have defaults: `verify` re-checks the stopping criterion
-    on a fresh evaluation of the returned point, `record` names scalars for the history.
+    Four methods make a solver. Three more have defaults: `verify` re-checks the stopping criterion
+    on a fresh evaluation of the returned point, `work` counts what `tell` did with operators,
+    `record` names scalars for the history.
     """
 
     @abc.abstractmethod
@@ -316,6 +317,12 @@ class Solver(eqx.Module):
         """Whether the stopping criterion holds for a fresh evaluation of the returned point."""
         del state, evaluation
         return jnp.array(True)
+
+    def work(self, state: State) -> Work:
+        """What the solver has spent itself, on products with operators of evaluations, since its
+        first state. The driver adds it to the work of the evaluations."""
+        del state
+        return Work()
 
     def record(self, state: State) -> dict[str, Array]:
         """Scalars of the state that the history keeps, by name."""
