@@ -25,7 +25,7 @@ def dense(name: str) -> Dense:
     make = {
         "quadratic": lambda: library.quadratic(seed=3),
         "digits_penalties": lambda: library.digits_penalties(seed=3),
-        "tv_denoising": lambda: library.tv_denoising(seed=3, size=9, pictures=2),
+        "tv_denoising": lambda: library.tv_denoising(seed=3, size=8, pictures=1),
         "field_of_experts": lambda: library.field_of_experts(
             seed=3, size=8, pictures=1, filters=3, width=3
         ),

@@ -33,6 +33,7 @@ def arrays(problem: library.LibraryProblem) -> list:
 def test_one_seed_gives_the_same_bits_and_another_seed_other_data(name):
     first, again, other = (arrays(small(name, seed)) for seed in (5, 5, 6))
     for a, b in zip(first, again, strict=True):
+        assert a.dtype in (jnp.float64, bool)
         np.testing.assert_array_equal(a, b)
     assert any(
         a.shape != b.shape or not np.array_equal(a, b) for a, b in zip(first, other, strict=True)
@@ -40,8 +41,8 @@ def test_one_seed_gives_the_same_bits_and_another_seed_other_data(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_every_array_and_every_constant_has_the_dtype_asked_for(name, dtype):
+def test_every_array_and_every_constant_has_the_dtype_asked_for(name):
+    dtype = jnp.float32
     p = small(name, dtype=dtype)
     for leaf in arrays(p):
         assert leaf.dtype in (dtype, bool)
