@@ -14,7 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 from tolerax._scipy import (
     all_fixed,
@@ -27,7 +27,7 @@ from tolerax._scipy import (
     positive,
     start_vector,
 )
-from tolerax.contracts import Accuracy, Evaluation, Problem, Query, Solver, Start, State
+from tolerax.contracts import Accuracy, Evaluation, Problem, Query, Solver, Start, State, Work
 from tolerax.driver import solve
 from tolerax.solution import Solution, Step
 from tolerax.solvers.hoag import HOAG
@@ -289,8 +289,15 @@ class AtMost(Solver):
     def verify(self, state: State, evaluation: Evaluation) -> Bool[Array, ""]:
         return self.solver.verify(state[0], evaluation)
 
+    def work(self, state: State) -> Work:
+        return self.solver.work(state[0])
+
     def record(self, state: State) -> dict[str, Array]:
         return self.solver.record(state[0])
+
+    @property
+    def feasibility(self) -> ArrayLike:
+        return self.solver.feasibility
 
     @property
     def honours_bounds(self) -> bool:
