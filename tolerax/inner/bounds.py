@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 
 Scalar = Float[Array, ""]
 Vector = Float[Array, " n"]
-LARGEST_EXPONENT = 50.0
 
 
 def dual_norm(r: Vector, d: Vector) -> Scalar:
@@ -21,14 +20,20 @@ def dual_norm(r: Vector, d: Vector) -> Scalar:
 
 def shrink(a: Scalar) -> Scalar:
     """`(1 - exp(-a)) / a`: the mean Hessian over a segment is at least this times the end's."""
-    a = jnp.minimum(a, LARGEST_EXPONENT)
     return jnp.where(a > 1e-6, -jnp.expm1(-a) / jnp.where(a > 0, a, 1), 1 - a / 2)
 
 
 def excess(a: Scalar) -> Scalar:
     """`(exp(a) - 1 - a) / a`: how far the mean Hessian over a segment is from the end's."""
-    a = jnp.minimum(a, LARGEST_EXPONENT)
-    return jnp.where(a > 1e-4, (jnp.expm1(a) - a) / jnp.where(a > 0, a, 1), a / 2 + a * a / 6)
+    few = a / 2 + a * a / 6 * (1 + a / 3)
+    many = (jnp.expm1(a) - a) / jnp.where(a > 0, a, 1)
+    # Where exp overflows, as for a = inf, there is no bound.
+    return jnp.where(a > 1e-4, jnp.where(jnp.isnan(many), jnp.inf, many), few)
+
+
+def at_least(ratio: Scalar) -> Scalar:
+    """A lower bound on a, given that `excess(a) >= ratio`: excess(a) <= (exp(a) - 1) / 2."""
+    return jnp.log1p(2 * ratio)
 
 
 def distance(decrement: Scalar, r_dual: Scalar, d: Vector, m: Scalar) -> tuple[Scalar, Scalar]:
@@ -48,7 +53,7 @@ def distance(decrement: Scalar, r_dual: Scalar, d: Vector, m: Scalar) -> tuple[S
     safe = jnp.where(solvable, ratio, 0.5)
     # -log(1 - ratio) root / M, and its limit for M -> 0.
     local = jnp.where(
-        ratio < 1e-6, decrement * (1 + ratio / 2), -jnp.log1p(-safe) * root / jnp.where(m > 0, m, 1)
+        ratio < 1e-6, decrement * (1 + ratio), -jnp.log1p(-safe) * root / jnp.where(m > 0, m, 1)
     )
     local = jnp.where(solvable, local, jnp.inf)
     a_global = m * r_dual / root

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from tolerax.inner.bounds import decrement_for, distance, dual_norm, excess
+from tolerax.inner.bounds import at_least, decrement_for, distance, dual_norm, excess
 from tolerax.inner.krylov import CG
 from tolerax.inner.lbfgs import add_pair, inverse_product, no_pairs
 from tolerax.status import PointStatus
@@ -48,10 +48,20 @@ class Smooth(eqx.Module):
         """The preconditioner at y."""
         return None if self.preconditioner is None else self.preconditioner(y)
 
-    def distance(self, r: Vector, decrement: ArrayLike = jnp.inf) -> tuple[Scalar, Scalar]:
-        """Bounds on `|y - y*|_H` and `M |y - y*|_2` from the gradient r at y."""
-        r_dual = dual_norm(r, self.lower_bound)
-        return distance(jnp.asarray(decrement), r_dual, self.lower_bound, self.self_concordance)
+    def distance(
+        self, r: Vector, rounding: Scalar, decrement: ArrayLike = jnp.inf
+    ) -> tuple[Scalar, Scalar]:
+        """Bounds on `|y - y*|_H` and `M |y - y*|_2` from the gradient r at y, which is wrong by at
+        most `rounding` in the dual norm."""
+        r_dual = dual_norm(r, self.lower_bound) + rounding
+        d, m = self.lower_bound, self.self_concordance
+        return distance(jnp.asarray(decrement) + rounding, r_dual, d, m)
+
+    def rounding(self, y: Vector, largest: Scalar) -> Scalar:
+        """What rounding leaves of gradients at y, in the dual norm: about eps |H| |y|, where
+        `largest` is the largest curvature seen."""
+        size = jnp.finfo(y.dtype).eps * largest * jnp.linalg.norm(y)
+        return size / jnp.sqrt(jnp.min(self.lower_bound))
 
 
 class LowerResult(eqx.Module):
@@ -60,8 +70,7 @@ class LowerResult(eqx.Module):
     - `residual`: the gradient at `y`; `distance`: bound on `|y - y*|_H`; `exponent`: bound on
       `M |y - y*|_2`, which says how much the Hessian can change on the way to the solution.
     - `gradients`, `products`: work. `status`: a `PointStatus`.
-    - `third`: largest `|D^3 h[d, d, d]| / (|d| d'Hd)` seen along Newton steps (0 if none): a lower
-      bound on M.
+    - `third`: a lower bound on M, from how the gradient changed along Newton steps (0 if none).
     - `curvature`: bound on the smallest eigenvalue of D^-1 H seen: below 0.99 it contradicts D.
     """
 
@@ -101,6 +110,15 @@ def _decreased(h: Scalar, h_new: Scalar, slope: Scalar, slope_new: Scalar) -> Bo
     return (slope_new <= 0) | (h_new <= h + 1e-4 * slope) | flatter
 
 
+def _largest(largest: Scalar, change: Vector, moved: Vector, y: Vector) -> Scalar:
+    """The largest curvature seen, given that the gradient changed over a step from y."""
+    size = jnp.linalg.norm(moved)
+    # The change over a tiny step is made of rounding.
+    visible = size > jnp.sqrt(jnp.finfo(y.dtype).eps) * jnp.linalg.norm(y)
+    seen = jnp.linalg.norm(change) / jnp.where(visible, size, 1)
+    return jnp.where(visible & jnp.isfinite(seen), jnp.maximum(largest, seen), largest)
+
+
 class NewtonCG(Minimizer):
     """Newton's method with conjugate gradients, backtracking on values.
 
@@ -115,7 +133,7 @@ class NewtonCG(Minimizer):
     """
 
     forcing: float = 0.1
-    max_steps: int = 50
+    max_steps: int = 200
     max_cg_steps: int = 1000
 
     def __call__(self, lower: Smooth, y: Vector, tolerance: ArrayLike) -> LowerResult:
@@ -124,16 +142,17 @@ class NewtonCG(Minimizer):
         eps = jnp.finfo(y.dtype).eps
         count = jnp.result_type(int)
         h, r = lower.value_and_gradient(y)
-        t, a = lower.distance(r)
+        largest = jnp.max(d_bound)
+        t, a = lower.distance(r, lower.rounding(y, largest))
         cg = CG(self.max_cg_steps)
         wanted = decrement_for(tolerance, d_bound, m)
 
         def unfinished(state: tuple) -> Bool[Array, ""]:
-            _, h, _, t, _, step, *_, stuck, _, _ = state
+            _, h, _, t, _, step, _, _, stuck, *_ = state
             return (t > tolerance) & (step < self.max_steps) & (stuck < 2) & jnp.isfinite(h)
 
         def newton(state: tuple) -> tuple:
-            y, h, r, t, _, step, gradients, products, stuck, third, curvature = state
+            y, h, r, t, _, step, gradients, products, stuck, third, curvature, largest = state
             operator = lower.hessian(y)
             solve = cg(
                 operator,
@@ -166,15 +185,21 @@ class NewtonCG(Minimizer):
             missed = r_new + left
             d_norm = jnp.linalg.norm(d)
             b = m * d_norm
-            by_constant = excess(b) * jnp.sqrt(dhd) + 64 * eps * dual_norm(r, d_bound)
+            largest = jnp.maximum(largest, solve.largest)
+            rounding = lower.rounding(y + s * d, largest)
+            by_constant = excess(b) * jnp.sqrt(dhd)
             by_size = dual_norm(missed, d_bound)
             dual = solve.error + jnp.minimum(by_constant, by_size)
-            decrement = jnp.where(full, dual * jnp.exp(0.5 * jnp.minimum(b, 50.0)), jnp.inf)
-            t_new, a_new = lower.distance(r_new, decrement)
-            seen = 2 * jnp.abs(jnp.dot(missed, d)) / jnp.maximum(d_norm * dhd, 1e-300)
-            noise = 64 * eps * dual_norm(r, d_bound) * jnp.sqrt(dhd)
-            certain = full & (jnp.abs(jnp.dot(missed, d)) > noise)
-            third = jnp.maximum(third, jnp.where(certain, seen, 0))
+            # From the norm of H(y) to that of H(y + d).
+            growth = jnp.where(dual > 0, jnp.exp(0.5 * b), 1)
+            t_new, a_new = lower.distance(r_new, rounding, jnp.where(full, dual * growth, jnp.inf))
+            # d'(G - H)d <= excess(M |d|) d'Hd, with what rounding may have added taken off.
+            noise = 8 * eps * largest * (jnp.linalg.norm(y) + d_norm) * d_norm
+            ratio = (jnp.abs(jnp.dot(missed, d)) - noise) / jnp.where(dhd > 0, dhd, jnp.inf)
+            certain = full & (ratio > 0) & jnp.isfinite(ratio)
+            seen = at_least(jnp.where(certain, ratio, 0)) / jnp.where(certain, d_norm, 1)
+            third = jnp.maximum(third, seen)
+            floored = full & (dual + rounding <= 2 * (rounding + solve.rounding))
             no_gain = (t_new > 0.5 * t) & full & (d_norm <= 1e3 * eps * (1 + jnp.linalg.norm(y)))
             return (
                 y + s * d,
@@ -185,15 +210,16 @@ class NewtonCG(Minimizer):
                 step + 1,
                 gradients + tries,
                 products + solve.products,
-                jnp.where(no_gain | (solve.error == jnp.inf), stuck + 1, stuck),
+                stuck + 2 * floored + (no_gain | (solve.error == jnp.inf)),
                 third,
                 jnp.minimum(curvature, solve.curvature),
+                largest,
             )
 
         zero = jnp.array(0, count)
         nothing = jnp.zeros((), y.dtype)
-        start = (y, h, r, t, a, zero, zero + 1, zero, zero, nothing, nothing + jnp.inf)
-        y, h, r, t, a, _, gradients, products, stuck, third, curvature = jax.lax.while_loop(
+        start = (y, h, r, t, a, zero, zero + 1, zero, zero, nothing, nothing + jnp.inf, largest)
+        y, h, r, t, a, _, gradients, products, stuck, third, curvature, _ = jax.lax.while_loop(
             unfinished, newton, start
         )
         finite = jnp.isfinite(h) & jnp.all(jnp.isfinite(r))
@@ -216,18 +242,19 @@ class LBFGS(Minimizer):
         everywhere = jnp.ones(y.shape, bool)
 
         def unfinished(state: tuple) -> Bool[Array, ""]:
-            _, h, r, _, _, step, stuck = state
-            far = lower.distance(r)[0] > tolerance
-            return far & (step < self.max_steps) & (stuck < 3) & jnp.isfinite(h)
+            y, h, r, _, _, step, stuck, largest = state
+            going = _worthwhile(lower, y, r, largest, tolerance)
+            return going & (step < self.max_steps) & (stuck < 3) & jnp.isfinite(h)
 
         def trial(state: tuple) -> tuple:
-            y, h, r, pairs, s, step, stuck = state
+            y, h, r, pairs, s, step, stuck, largest = state
             p = -inverse_product(pairs, r, everywhere)
             scale = jnp.where(pairs.count == 0, 1 / jnp.maximum(jnp.linalg.norm(r), 1), 1)
             moved = s * scale * p
             h_new, r_new = lower.value_and_gradient(y + moved)
             slope = jnp.dot(r, moved)
             good = _decreased(h, h_new, slope, jnp.dot(r_new, moved))
+            largest = _largest(largest, r_new - r, moved, y)
             extended = add_pair(pairs, moved, r_new - r)
             choose = lambda a, b: jax.tree.map(lambda x, y: jnp.where(good, x, y), a, b)  # noqa: E731
             y, h, r, pairs = choose((y + moved, h_new, r_new, extended), (y, h, r, pairs))
@@ -235,12 +262,14 @@ class LBFGS(Minimizer):
             # After a hopeless search the memory is dropped.
             drop = ~good & (s < 1e-10)
             pairs = jax.tree.map(lambda x: jnp.where(drop, jnp.zeros_like(x), x), pairs)
-            return y, h, r, pairs, jnp.where(good | drop, 1.0, 0.4 * s), step + 1, stuck
+            s = jnp.where(good | drop, 1.0, 0.4 * s)
+            return y, h, r, pairs, s, step + 1, stuck, largest
 
         zero = jnp.array(0, count)
-        start = (y, h, r, no_pairs(self.memory, y), jnp.ones((), y.dtype), zero, zero)
-        y, h, r, _, _, steps, stuck = jax.lax.while_loop(unfinished, trial, start)
-        return _from_gradient(lower, y, h, r, tolerance, steps + 1, stuck >= 3)
+        one, largest = jnp.ones((), y.dtype), jnp.max(lower.lower_bound)
+        start = (y, h, r, no_pairs(self.memory, y), one, zero, zero, largest)
+        y, h, r, _, _, steps, stuck, largest = jax.lax.while_loop(unfinished, trial, start)
+        return _from_gradient(lower, y, h, r, largest, tolerance, steps + 1, stuck >= 3)
 
 
 class AcceleratedGradient(Minimizer):
@@ -260,13 +289,13 @@ class AcceleratedGradient(Minimizer):
         smooth = jnp.maximum(norm / (1 + jnp.linalg.norm(y)), jnp.max(lower.lower_bound))
 
         def unfinished(state: tuple) -> Bool[Array, ""]:
-            _, _, h, r, _, _, step, stuck = state
-            far = lower.distance(r)[0] > tolerance
-            return far & (step < self.max_steps) & (stuck < 60) & jnp.isfinite(h)
+            y, _, h, r, _, _, step, stuck, largest = state
+            going = _worthwhile(lower, y, r, largest, tolerance)
+            return going & (step < self.max_steps) & (stuck < 60) & jnp.isfinite(h)
 
         def trial(state: tuple) -> tuple:
             # y is the point of the last gradient r; last is the previous step's end.
-            y, last, h, r, smooth, momentum, step, stuck = state
+            y, last, h, r, smooth, momentum, step, stuck, largest = state
             end = y - r / smooth
             grown = 0.5 * (1 + jnp.sqrt(1 + 4 * momentum**2))
             ahead = end + (momentum - 1) / grown * (end - last)
@@ -278,16 +307,28 @@ class AcceleratedGradient(Minimizer):
             # L is large enough when gradients change by at most L times the distance.
             change, moved = jnp.linalg.norm(r_new - r), jnp.linalg.norm(ahead - y)
             fits = change <= smooth * moved * (1 + 1e-6) + 64 * eps * norm
-            grow = lambda: (y, last, h, r, jnp.maximum(2 * smooth, change / moved), momentum)  # noqa: E731
+            steeper = jnp.where(jnp.isfinite(change), change / moved, 0)
+            grow = lambda: (y, last, h, r, jnp.maximum(2 * smooth, steeper), momentum)  # noqa: E731
             go = lambda: (ahead, end, h_new, r_new, smooth * 0.999, grown)  # noqa: E731
             new = jax.tree.map(lambda a, b: jnp.where(fits, a, b), go(), grow())
             still = jnp.linalg.norm(new[0] - y) <= 4 * eps * jnp.linalg.norm(y)
-            return *new, step + 1, jnp.where(still, stuck + 1, 0)
+            largest = _largest(largest, r_new - r, ahead - y, y)
+            return *new, step + 1, jnp.where(still, stuck + 1, 0), largest
 
         zero = jnp.array(0, count)
-        start = (y, y, h, r, smooth, jnp.ones((), y.dtype), zero, zero)
-        y, _, h, r, _, _, steps, stuck = jax.lax.while_loop(unfinished, trial, start)
-        return _from_gradient(lower, y, h, r, tolerance, steps + 1, stuck >= 60)
+        one, largest = jnp.ones((), y.dtype), jnp.max(lower.lower_bound)
+        start = (y, y, h, r, smooth, one, zero, zero, largest)
+        y, _, h, r, _, _, steps, stuck, largest = jax.lax.while_loop(unfinished, trial, start)
+        return _from_gradient(lower, y, h, r, largest, tolerance, steps + 1, stuck >= 60)
+
+
+def _worthwhile(
+    lower: Smooth, y: Vector, r: Vector, largest: Scalar, tolerance: ArrayLike
+) -> Bool[Array, ""]:
+    """Whether the tolerance is not reached and the gradient is more than rounding."""
+    rounding = lower.rounding(y, largest)
+    far = lower.distance(r, rounding)[0] > tolerance
+    return far & (dual_norm(r, lower.lower_bound) > rounding)
 
 
 def _from_gradient(
@@ -295,11 +336,14 @@ def _from_gradient(
     y: Vector,
     h: Scalar,
     r: Vector,
+    largest: Scalar,
     tolerance: ArrayLike,
     gradients: Array,
     stuck: Array,
 ) -> LowerResult:
-    t, a = lower.distance(r)
+    rounding = lower.rounding(y, largest)
+    t, a = lower.distance(r, rounding)
+    stuck = stuck | (dual_norm(r, lower.lower_bound) <= rounding)
     finite = jnp.isfinite(h) & jnp.all(jnp.isfinite(r))
     zero = jnp.array(0, jnp.result_type(int))
     return LowerResult(
