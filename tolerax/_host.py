@@ -83,7 +83,7 @@ class Host:
     def _one(self, run: Run) -> Run:
         self.latest = run
         if self.problem.host:
-            query = _loop.ask_compiled(self.solver, run)
+            query = _loop.ask_compiled(self.solver, run, self.limits)
             try:
                 evaluation = self.problem.evaluate(query)
             except StopIteration:
@@ -97,7 +97,7 @@ class Host:
                 ) from error
             new = _loop.tell_compiled(self.solver, run, query, evaluation)
         else:
-            new, query, evaluation = _loop.one(self.problem, self.solver, run)
+            new, query, evaluation = _loop.one(self.problem, self.solver, run, self.limits)
         self.latest = new
         if self.callback is not None:
             self.callback(Step(query, evaluation, new))

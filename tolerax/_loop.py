@@ -73,23 +73,40 @@ def extended(run: Run, rows: int) -> Run:
     return eqx.tree_at(lambda r: r.history, run, eqx.combine(jax.tree.map(longer, columns), count))
 
 
-def ask(solver: Solver, run: Run) -> Query:
-    """The solver's query or, when it claims success, the best point again."""
+def ask(solver: Solver, run: Run, limits: dict[str, Array]) -> Query:
+    """The solver's query, as far as its points are within the limits, or, when it claims success,
+    the best point again."""
     query = solver.ask(run.solver_state)
     if query.mask is None:
         again_x, again_mask = run.best.x, None
         again_carry = run.best.carry if query.carry is not None else None
     else:
-        again_x = jax.tree.map(lambda q, b: jnp.broadcast_to(b, q.shape), query.x, run.best.x)
+        spread = lambda q, b: jnp.broadcast_to(b, q.shape)  # noqa: E731
+        again_x = jax.tree.map(spread, query.x, run.best.x)
         again_mask = jnp.zeros_like(query.mask).at[0].set(True)
         again_carry = query.carry
+        if again_carry is not None:
+            again_carry = jax.tree.map(spread, again_carry, run.best.carry)
+        query = eqx.tree_at(lambda q: q.mask, query, _affordable(run, query.mask, limits))
     again = Query(again_x, query.accuracy, again_carry, again_mask, query.derivatives)
     return jax.tree.map(lambda a, q: jnp.where(run.verifying, a, q), again, query)
 
 
+def _affordable(run: Run, mask: Array, limits: dict[str, Array]) -> Array:
+    """The first points of a batch that can be evaluated before a limit is reached."""
+    rank = jnp.cumsum(mask)
+    for name, limit in limits.items():
+        count = getattr(run.work, name)
+        over = rank > limit - count
+        # What a point costs is known beforehand only where points are what is counted.
+        if name in ("points", "values", "units"):
+            mask = mask & ~(over & (count == run.work.points))
+    return mask
+
+
 def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
     """The run after an answer, with the best point, the history and the status brought up."""
-    checked = _check_claim(solver, run, evaluation)
+    checked = _check_claim(solver, run, query, evaluation)
     told = solver.tell(run.solver_state, query, evaluation)
     keep = run.verifying
     state = jax.tree.map(lambda old, new: jnp.where(keep, old, new), run.solver_state, told)
@@ -190,11 +207,12 @@ def _candidate(
     return Best(x, value, error, gradient, norm, gradient_error, violation, carry), usable
 
 
-def _check_claim(solver: Solver, run: Run, evaluation: Evaluation) -> Any:
+def _check_claim(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Any:
     """The status after the claimed point was evaluated again."""
+    if query.mask is not None:
+        first = lambda leaf: leaf[0] if eqx.is_array(leaf) and leaf.ndim else leaf  # noqa: E731
+        evaluation = jax.tree.map(first, evaluation)
     value, error = evaluation.value, evaluation.value_error
-    if value.ndim:
-        value, error = value[0], error[0]
     rounding = 64 * jnp.finfo(run.best.value.dtype).eps * (1.0 + jnp.abs(run.best.value))
     same = jnp.abs(value - run.best.value) <= error + run.best.value_error + rounding
     feasible = run.best.violation <= solver.feasibility
@@ -264,7 +282,7 @@ def advance(
 
     def body(arrays: PyTree) -> PyTree:
         run = eqx.combine(arrays, static)
-        query = ask(solver, run)
+        query = ask(solver, run, limits)
         run = tell(solver, run, query, problem.evaluate(query))
         if meter is not None:
             report_from_compiled(meter, 20, run.step, scalars(run))
@@ -276,8 +294,10 @@ def advance(
 
 
 @eqx.filter_jit
-def one(problem: Problem, solver: Solver, run: Run) -> tuple[Run, Query, Evaluation]:
-    query = ask(solver, run)
+def one(
+    problem: Problem, solver: Solver, run: Run, limits: dict[str, Array]
+) -> tuple[Run, Query, Evaluation]:
+    query = ask(solver, run, limits)
     evaluation = problem.evaluate(query)
     return tell(solver, run, query, evaluation), query, evaluation
 

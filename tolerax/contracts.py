@@ -219,7 +219,8 @@ def exact_evaluation(
     if gradient is not None and value.ndim == 0:
         finite = finite & tree_all_finite(gradient)
     if status is None:
-        status = PointStatus.where(finite, PointStatus.ok, PointStatus.failed)
+        outcome = lambda one: PointStatus.where(one, PointStatus.ok, PointStatus.failed)  # noqa: E731
+        status = jax.vmap(outcome)(finite) if finite.ndim else outcome(finite)
     return Evaluation(
         value=value,
         value_error=zero,
@@ -307,14 +308,19 @@ class Solver(eqx.Module):
 
     @abc.abstractmethod
     def tell(self, state: State, query: Query, evaluation: Evaluation) -> State:
-        """The state after an answer."""
+        """The state after an answer.
+
+        The `query` is what was evaluated. It is not always what `ask` returned: points that a
+        budget no longer allows are masked out of a batch.
+        """
 
     @abc.abstractmethod
     def terminate(self, state: State) -> tuple[Bool[Array, ""], Any]:
         """Whether the run is over, and with which `Status`."""
 
     def verify(self, state: State, evaluation: Evaluation) -> Bool[Array, ""]:
-        """Whether the stopping criterion holds for a fresh evaluation of the returned point."""
+        """Whether the stopping criterion holds for a fresh evaluation of the returned point (always
+        that of one point, also for solvers that ask for batches)."""
         del state, evaluation
         return jnp.array(True)
 
