@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 Vector = Float[Array, " n"]
 
@@ -62,7 +62,7 @@ def largest_singular_value(
     """
     tiny = jnp.finfo(start.dtype).tiny
 
-    def body(_: int, carry: tuple) -> tuple:
+    def body(_: ArrayLike, carry: tuple) -> tuple:
         v, _ = carry
         v = v / jnp.maximum(jnp.linalg.norm(v), tiny)
         u = forward(v)

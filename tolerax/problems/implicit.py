@@ -62,7 +62,7 @@ class Fixed:
             return jax.grad(self.potential)(y)
         return ravel_pytree(self.problem.residual(self.unravel(y), self.x))[0]
 
-    def lagrangian(self, y: Vector, q: Vector, flat_x: Vector) -> Scalar:
+    def lagrangian(self, y: Vector, q: Vector, flat_x: Float[Array, " m"]) -> Scalar:
         """J(y, x) - <q, F(y, x)>: its gradient in x is the gradient of phi."""
         x = self.unravel_x(flat_x)
         problem, y_tree = self.problem, self.unravel(y)
@@ -336,7 +336,7 @@ class ReducedHessian(eqx.Module):
         scale = jnp.maximum(jnp.linalg.norm(v), jnp.finfo(v.dtype).tiny)
         tolerance = self.tolerance * scale
 
-        def f_of_x(flat_x: Vector) -> Vector:
+        def f_of_x(flat_x: Float[Array, " m"]) -> Vector:
             return -jax.grad(at.lagrangian, argnums=1)(y, q, flat_x)
 
         f_x_v = jax.jvp(f_of_x, (at.flat_x,), (v,))[1]

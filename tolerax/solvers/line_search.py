@@ -339,9 +339,7 @@ class InexactLineSearch(Solver):
             noise = (now.z_error + told.z_error) * jnp.linalg.norm(moved)
             keep = sy > jnp.maximum(noise, 1e-10 * jnp.linalg.norm(moved) * jnp.linalg.norm(y))
             pairs = select(keep, add_pair(state.pairs, moved, y), state.pairs)
-            # Slopes that hardly change say that the step was too short: where their secant puts
-            # the minimum along p, or twice as long a step when the new direction takes over.
-            short = slope_there < 0.7 * slope
+            # Without curvature the step was too short: the secant of the slopes says by how much.
             longer = ~keep & (slope_there < 0.9 * slope)
             stretch = jnp.clip(slope / (slope - slope_there), 2, 10)
             stretch = jnp.where(slope_there < slope, 10, stretch)
@@ -360,11 +358,7 @@ class InexactLineSearch(Solver):
             return _replace(
                 planned,
                 p=jnp.where(further, state.p, planned.p),
-                step=jnp.where(
-                    further,
-                    stretch * state.step,
-                    jnp.where(short & keep, 2 * jnp.maximum(state.step, 1), 1) * planned.step,
-                ),
+                step=jnp.where(further, stretch * state.step, planned.step),
             )
 
         def refined() -> LineSearchState:
@@ -389,8 +383,10 @@ class InexactLineSearch(Solver):
             root = jnp.sqrt(jnp.maximum(d1 * d1 - slope * slope_there, 0))
             cubic = 1 - (slope_there + root - d1) / (slope_there - slope + 2 * root)
             trusted = told.z_error * jnp.linalg.norm(moved) <= 0.1 * jnp.abs(slope_there)
-            guess = jnp.where(trusted & jnp.isfinite(cubic), cubic, quadratic)
-            factor = jnp.clip(jnp.where(jnp.isfinite(guess), guess, 0.5), 0.02, 0.5)
+            # As in More and Thuente (1994): the cubic, or half way to the quadratic if that is nearer.
+            blend = jnp.where(cubic < quadratic, cubic, 0.5 * (cubic + quadratic))
+            guess = jnp.where(trusted & jnp.isfinite(cubic), blend, quadratic)
+            factor = jnp.clip(jnp.where(jnp.isfinite(guess), guess, 0.5), 0.01, 0.6)
             factor = jnp.where(failed, 0.25, factor)
             step = state.step * factor
             negligible = jnp.all(self._path(state, step) == now.x)
@@ -428,7 +424,9 @@ class InexactLineSearch(Solver):
         predicted = jnp.dot(state.now.z, moved)
         seen = state.ahead - told.f
         eps = jnp.finfo(told.x.dtype).eps
-        noise = 8 * eps * jnp.maximum(jnp.abs(state.ahead), jnp.abs(told.f)) + 2 * told.f_error
+        # Rounding of values and what central differences of this step leave out.
+        size = jnp.maximum(state.f_scale, jnp.maximum(jnp.abs(state.ahead), jnp.abs(told.f)))
+        noise = 0.1 * eps ** (2 / 3) * size + 2 * told.f_error
         allowed = 0.5 * jnp.abs(predicted) + noise + state.now.z_error * jnp.linalg.norm(moved)
         wrong = jnp.isfinite(seen) & (jnp.abs(seen - predicted) > allowed)
         return _finish_if(
