@@ -101,12 +101,12 @@ class Solution(eqx.Module):
     """
 
     x: PyTree
-    value: Float[Array, ""]
-    value_error: Float[Array, ""]
+    value: Float[Array, "*batch"]
+    value_error: Float[Array, "*batch"]
     gradient: PyTree
-    gradient_norm: Float[Array, ""]
-    gradient_error: Float[Array, ""]
-    violation: Float[Array, ""]
+    gradient_norm: Float[Array, "*batch"]
+    gradient_error: Float[Array, "*batch"]
+    violation: Float[Array, "*batch"]
     status: Any
     work: Work
     history: History
@@ -115,12 +115,12 @@ class Solution(eqx.Module):
     provenance: Provenance
 
     @property
-    def interval(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def interval(self) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
         """Lower and upper end of the true value at `x`."""
         return self.value - self.value_error, self.value + self.value_error
 
     @property
-    def steps(self) -> Int[Array, ""]:
+    def steps(self) -> Int[Array, "*batch"]:
         """How many answers the solver was told."""
         return self.state.step
 
