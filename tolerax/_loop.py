@@ -88,7 +88,10 @@ def ask(solver: Solver, run: Run, limits: dict[str, Array]) -> Query:
         if again_carry is not None:
             again_carry = jax.tree.map(spread, again_carry, run.best.carry)
         query = eqx.tree_at(lambda q: q.mask, query, _affordable(run, query.mask, limits))
-    again = Query(again_x, query.accuracy, again_carry, again_mask, query.derivatives)
+    cutoff = None if query.cutoff is None else jnp.full_like(query.cutoff, jnp.inf)
+    again = Query(
+        again_x, query.accuracy, again_carry, again_mask, cutoff, derivatives=query.derivatives
+    )
     return jax.tree.map(lambda a, q: jnp.where(run.verifying, a, q), again, query)
 
 

@@ -158,12 +158,16 @@ class Query(eqx.Module):
     - `mask`: shape `(n,)`; points where it is false need not be evaluated.
     - `derivatives`: 0 asks for values, 1 for gradients too, 2 for Hessian (and Jacobian)
       operators too. Static.
+    - `cutoff`: a point whose value is certainly above this is hopeless, and the evaluation may stop
+      there: its value stays a true bound, its gradient may be as inaccurate as `gradient_error`
+      says. `None` for no cutoff.
     """
 
     x: PyTree[Float[Array, "..."]]
     accuracy: Accuracy
     carry: PyTree = None
     mask: Bool[Array, " n"] | None = None
+    cutoff: Float[Array, ""] | None = None
     derivatives: int = eqx.field(static=True, default=1)
 
 

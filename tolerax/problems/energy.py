@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from tolerax.contracts import Provenance, Work
+from tolerax.inner.bounds import dual_norm
 from tolerax.inner.estimates import largest_singular_value, smallest_eigenvalue
 from tolerax.inner.krylov import CG, LinearResult
 from tolerax.inner.minimizers import Minimizer, Smooth
@@ -170,6 +171,11 @@ class Minimization(eqx.Module):
         )
 
     @abc.abstractmethod
+    def least_value(self, known: Known, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
+        """About the least value that J can have at the exact state, to first order, without an
+        adjoint: it decides whether an adjoint is worth solving, never what is claimed."""
+
+    @abc.abstractmethod
     def errors(
         self, at: Fixed, known: Known, state: Solved, adjoint: Solved, j: Scalar, g_y: Vector
     ) -> tuple[Scalar, Errors, dict[str, Array], Work]:
@@ -191,6 +197,9 @@ class Energy(Minimization):
         self, at: Fixed, known: Known, y: Vector, b: Vector, guess: Vector, tolerance: Scalar
     ) -> Solved:
         return self._adjoint(at, known, y, b, guess, tolerance)[1]
+
+    def least_value(self, known: Known, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
+        return j - dual_norm(g_y, known.lower_bound) * state.error
 
     def errors(
         self, at: Fixed, known: Known, state: Solved, adjoint: Solved, j: Scalar, g_y: Vector
@@ -255,6 +264,10 @@ class Euclidean(Minimization):
         )
         solve, solved = residual_only._adjoint(at, flat, y, b, guess, tolerance / jnp.sqrt(mu))
         return eqx.tree_at(lambda s: s.error, solved, jnp.linalg.norm(solve.residual))
+
+    def least_value(self, known: Known, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
+        del known
+        return j - jnp.linalg.norm(g_y) * state.error
 
     def errors(
         self, at: Fixed, known: Known, state: Solved, adjoint: Solved, j: Scalar, g_y: Vector

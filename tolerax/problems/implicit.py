@@ -14,7 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from tolerax.contracts import (
     Accuracy,
@@ -154,7 +154,8 @@ class Implicit(Problem):
     def evaluate(self, query: Query) -> Evaluation:
         if query.mask is None:
             carry = self.cold_start() if query.carry is None else query.carry
-            return self._point(query.x, query.accuracy, carry, query.derivatives)
+            cutoff = jnp.inf if query.cutoff is None else query.cutoff
+            return self._point(query.x, query.accuracy, carry, query.derivatives, cutoff)
         count = query.mask.shape[0]
         carry = query.carry
         if carry is None:
@@ -166,13 +167,23 @@ class Implicit(Problem):
         counted = lambda n: jnp.sum(jnp.where(query.mask, n, 0))  # noqa: E731
         return eqx.tree_at(lambda e: e.work, answers, jax.tree.map(counted, answers.work))
 
-    def _point(self, x: PyTree, accuracy: Accuracy, carry: Carry, derivatives: int) -> Evaluation:
+    def _point(
+        self,
+        x: PyTree,
+        accuracy: Accuracy,
+        carry: Carry,
+        derivatives: int,
+        cutoff: ArrayLike = jnp.inf,
+    ) -> Evaluation:
         at = Fixed(self, x)
         known = self.norm.constants(at, carry)
         state = self.norm.solve_state(at, known, carry.y, accuracy.state)
         y, r = state.vector, state.residual
         j, g_y = jax.value_and_grad(at.cost)(y)
-        adjoint = self.norm.solve_adjoint(at, known, y, g_y, carry.q, accuracy.adjoint)
+        # A hopeless point needs no adjoint: the guess is good enough to say so.
+        hopeless = self.norm.least_value(known, state, j, g_y) > cutoff
+        adjoint_tolerance = jnp.where(hopeless, jnp.inf, accuracy.adjoint)
+        adjoint = self.norm.solve_adjoint(at, known, y, g_y, carry.q, adjoint_tolerance)
         q = adjoint.vector
         value, errors, estimates, more = self.norm.errors(at, known, state, adjoint, j, g_y)
         gradient = jax.grad(at.lagrangian, argnums=2)(y, q, at.flat_x)

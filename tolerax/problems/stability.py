@@ -177,6 +177,11 @@ class Stability(eqx.Module):
         zero = jnp.zeros((), y.dtype)
         return Solved(solve.x, solve.residual, error, zero, work, status, {})
 
+    def least_value(self, known: KnownStability, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
+        """About the least value at the exact state, to first order, without an adjoint."""
+        del known
+        return j - jnp.linalg.norm(g_y) * state.error
+
     def errors(
         self,
         at: Fixed,

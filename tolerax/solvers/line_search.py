@@ -147,7 +147,9 @@ class InexactLineSearch(Solver):
         offset = jnp.stack([0 * h, state.step, h, -h])[state.mode]
         x = jnp.where(state.mode == INCUMBENT, now.x, self._path(state, offset))
         carry = select(state.mode == TRIAL, state.trial_carry, now.carry)
-        return Query(state.box.unravel(x), state.request, carry)
+        # A trial above the incumbent will be rejected: no need to finish it.
+        cutoff = jnp.where(state.mode == TRIAL, now.f + now.f_error, jnp.inf)
+        return Query(state.box.unravel(x), state.request, carry, cutoff=cutoff)
 
     def tell(self, state: LineSearchState, query: Query, evaluation: Evaluation) -> LineSearchState:
         x, _ = ravel_pytree(query.x)
