@@ -35,7 +35,7 @@ class GMRES(eqx.Module):
     max_cycles: int = eqx.field(static=True, default=100)
     preconditioner: Callable | None = None
 
-    def _method(self, tolerance: Array) -> Any:
+    def _method(self, tolerance: Any) -> Any:
         import lineax as lx
 
         return lx.GMRES(rtol=0.0, atol=tolerance, restart=self.restart, max_steps=self.max_cycles)
@@ -112,7 +112,7 @@ class BiCGStab(GMRES):
 
     max_steps: int = eqx.field(static=True, default=1000)
 
-    def _method(self, tolerance: Array) -> Any:
+    def _method(self, tolerance: Any) -> Any:
         import lineax as lx
 
         return lx.BiCGStab(rtol=0.0, atol=tolerance, max_steps=self.max_steps)

@@ -164,7 +164,8 @@ class Implicit(Problem):
         accuracy = jax.tree.map(lambda t: jnp.broadcast_to(t, (count,)), query.accuracy)
         point = lambda x, a, c: self._point(x, a, c, query.derivatives)  # noqa: E731
         answers = jax.vmap(point)(query.x, accuracy, carry)
-        counted = lambda n: jnp.sum(jnp.where(query.mask, n, 0))  # noqa: E731
+        mask = query.mask
+        counted = lambda n: jnp.sum(jnp.where(mask, n, 0))  # noqa: E731
         return eqx.tree_at(lambda e: e.work, answers, jax.tree.map(counted, answers.work))
 
     def _point(

@@ -44,7 +44,7 @@ class Stability(eqx.Module):
       `None` (six more linear solves an evaluation, to one digit).
     - `curvature`: Lipschitz constant of F_y in y; 0 for a linear equation.
     - `smoothness`: Lipschitz constant of J_y in y.
-    - `cross`: callable (y, q, x) -> [`CrossBounds`][] with Euclidean norms in place of energy norms.
+    - `cross`: callable (y, q, x) -> [`CrossBounds`][], with Euclidean norms for energy norms.
     - `state_solver`: [`NewtonKrylov`][]; `adjoint_solver`: [`GMRES`][], [`BiCGStab`][], or [`CG`][]
       where F_y is symmetric and at least c. Any callable with their signature will do.
 

@@ -385,7 +385,7 @@ class InexactLineSearch(Solver):
             root = jnp.sqrt(jnp.maximum(d1 * d1 - slope * slope_there, 0))
             cubic = 1 - (slope_there + root - d1) / (slope_there - slope + 2 * root)
             trusted = told.z_error * jnp.linalg.norm(moved) <= 0.1 * jnp.abs(slope_there)
-            # As in More and Thuente (1994): the cubic, or half way to the quadratic if that is nearer.
+            # As in More and Thuente (1994): the cubic, or half way to a nearer quadratic.
             blend = jnp.where(cubic < quadratic, cubic, 0.5 * (cubic + quadratic))
             guess = jnp.where(trusted & jnp.isfinite(cubic), blend, quadratic)
             factor = jnp.clip(jnp.where(jnp.isfinite(guess), guess, 0.5), 0.01, 0.6)
