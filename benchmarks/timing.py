@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.monitoring
 
+import tolerax
 from benchmarks.frame import Bar, Group, Measured, Settings
 
 IMPORT = """
@@ -63,6 +65,63 @@ def seconds_per_call(call: Callable[[], Any], repeats: int) -> float:
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
+
+def measure_oracle(settings: Settings) -> dict[str, Measured]:
+    """Wall time of a warm oracle call on P2 per unit of work over that of the jitted gradient of the
+    lower level, measured in turn; compilations when x, tolerances or warm start change."""
+    from tolerax.problems.library import tv_denoising
+
+    ready = tv_denoising(settings.seeds[0])
+    oracle = ready.problem.oracle
+    gradient = eqx.filter_jit(lambda lower, y, x: jax.grad(lower)(y, x))
+    evaluate = eqx.filter_jit(lambda problem, query: problem.evaluate(query))
+    x, y = ready.x0 + 1.0, ready.noisy
+    query = tolerax.Query(x, tolerax.Accuracy(1e-4, 1e-4))
+    units = int(evaluate(ready.problem, query).work.units)
+    ratios = []
+    for _ in range(3 if settings.quick else 15):
+        raw = seconds_per_call(lambda: gradient(oracle.potential, y, x), 10)
+        ours = seconds_per_call(lambda: evaluate(ready.problem, query), 1)
+        ratios.append(ours / units / raw)
+    return {
+        "oracle_overhead": Measured(ratios, detail={"units_per_call": units}),
+        "recompilations": Measured([recompilations()]),
+    }
+
+
+def recompilations() -> int:
+    """Compilations in calls that differ from a first one in numbers only."""
+    from tolerax.problems.library import quadratic
+
+    ready = quadratic(0, n=50, d=5)
+    evaluate = eqx.filter_jit(lambda problem, query: problem.evaluate(query))
+
+    def use(shift: float, tolerance: float, carry: Any) -> Any:
+        x = ready.x0 + shift
+        told = evaluate(
+            ready.problem, tolerax.Query(x, tolerax.Accuracy(tolerance, 2 * tolerance), carry)
+        )
+        solver = tolerax.InexactLineSearch(
+            rtol=tolerance, accuracy=tolerax.Accuracy(tolerance, tolerance)
+        )
+        tolerax.solve(ready.problem, solver, x, max_steps=50)
+        return told.carry
+
+    carry = use(0.0, 1e-2, ready.problem.cold_start())
+    with compilations() as found:
+        for k in range(1, 6):
+            carry = use(0.1 * k, 10.0 ** (-2 - k), carry)
+    return len(found)
+
+
+ORACLE_GROUP = Group(
+    "oracle",
+    (
+        Bar("oracle_overhead", "<=", 1.3, "oracle seconds per unit of work / raw jitted gradient"),
+        Bar("recompilations", "<=", 0, "compilations when tolerances, x or warm starts change"),
+    ),
+    measure_oracle,
+)
 
 IMPORT_GROUP = Group(
     "import",
