@@ -32,10 +32,15 @@ class HessianOf(eqx.Module):
 
     fun: Callable
     x: PyTree
+    with_gradient: bool = eqx.field(static=True, default=False)
 
     def mv(self, vector: PyTree) -> PyTree:
         """The Hessian times `vector`."""
-        return jax.jvp(jax.grad(self.fun), (self.x,), (vector,))[1]
+
+        def value(x: PyTree) -> Array:
+            return _scalar(self.fun(x)[0] if self.with_gradient else self.fun(x))
+
+        return jax.jvp(jax.grad(value), (self.x,), (vector,))[1]
 
 
 def _scalar(value: Any) -> Array:
@@ -154,8 +159,8 @@ class Objective(Problem):
             return self._evaluate_on_host(query)
         if query.mask is None:
             return self._point(query.x, query.derivatives)
-        answers = jax.vmap(lambda x: self._point(x, query.derivatives))(query.x)
-        total = jax.tree.map(jnp.sum, answers.work)
+        answers = eqx.filter_vmap(lambda x: self._point(x, query.derivatives))(query.x)
+        total = jax.tree.map(lambda n: jnp.sum(jnp.where(query.mask, n, 0)), answers.work)
         return eqx.tree_at(lambda e: e.work, answers, total)
 
     def _point(self, x: PyTree, derivatives: int) -> Evaluation:
@@ -164,14 +169,14 @@ class Objective(Problem):
         if self.gradient is True:
             v, g = self.fun(x)
             v, g = _scalar(v), like(g, x)
-            value = lambda x: _scalar(self.fun(x)[0])  # noqa: E731
         elif derivatives == 0:
             v, g = value(x), None
         elif self.gradient is None:
             v, g = jax.value_and_grad(value)(x)
         else:
             v, g = value(x), like(self.gradient(x), x)
-        hessian = HessianOf(value, x) if derivatives > 1 else None
+        # An operator holds the function itself: a closure could not leave compiled code.
+        hessian = HessianOf(self.fun, x, self.gradient is True) if derivatives > 1 else None
         evaluation = exact_evaluation(v, g if derivatives else None, work, hessian=hessian)
         error = rounding(v.dtype, jax.tree.leaves(x)[0].dtype) * jnp.abs(v)
         error = jnp.where(jnp.isfinite(v), error, 0).astype(v.dtype)
@@ -232,32 +237,54 @@ class Objective(Problem):
 
     def _assemble(self, rows: list[Row], x: PyTree, one: bool) -> Evaluation:
         dtype = jax.tree.leaves(x)[0].dtype
-        value = jnp.asarray([row.value for row in rows], dtype)
-        value_error = jnp.asarray([row.value_error for row in rows], dtype)
-        error = jnp.asarray([row.gradient_error for row in rows], dtype)
-        finite = jnp.isfinite(value) | (value == -jnp.inf)
-        gradient = None
+
+        def column(entries: list) -> np.ndarray:
+            stacked = np.asarray(entries, dtype)
+            return stacked[0] if one else stacked
+
+        gradient, gradients = None, 0
         if rows[0].gradient is not None:
-            gradient = jax.tree.map(
-                lambda *g: jnp.asarray(np.stack(g), dtype), *[row.gradient for row in rows]
-            )
-            for leaf in jax.tree.leaves(gradient):
-                finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
-        if one:
-            first = lambda leaf: leaf[0]  # noqa: E731
-            value, value_error, error, finite = map(first, (value, value_error, error, finite))
-            gradient = jax.tree.map(first, gradient)
-        zero = jnp.zeros_like(value)
-        calls = sum(row.calls for row in rows)
-        gradients = sum(row.calls > 0 for row in rows) if gradient is not None else 0
-        return Evaluation(
-            value=value,
-            value_error=value_error,
-            gradient=gradient,
-            gradient_error=error,
-            gradient_error_parts=Accuracy(error, zero),
-            achieved=Accuracy(error, zero),
-            work=Work(points=calls, values=calls, gradients=gradients),
-            status=PointStatus.where(finite, PointStatus.ok, PointStatus.failed),
-            provenance=self.provenance,
+            gradient = jax.tree.map(lambda *g: column(list(g)), *[row.gradient for row in rows])
+            gradients = sum(row.calls > 0 for row in rows)
+        return _answer(
+            column([row.value for row in rows]),
+            column([row.value_error for row in rows]),
+            gradient,
+            column([row.gradient_error for row in rows]),
+            np.asarray(sum(row.calls for row in rows)),
+            np.asarray(gradients),
+            self.provenance,
         )
+
+
+@eqx.filter_jit
+def _answer(
+    value: Array,
+    value_error: Array,
+    gradient: PyTree,
+    gradient_error: Array,
+    calls: Array,
+    gradients: Array,
+    provenance: Provenance,
+) -> Evaluation:
+    """What Python code answered, as an evaluation; compiled, since it is made at every point."""
+    finite = jnp.isfinite(value) | (value == -jnp.inf)
+    for leaf in jax.tree.leaves(gradient):
+        finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(value.ndim, leaf.ndim)))
+    zero = jnp.zeros_like(value)
+    return Evaluation(
+        value=value,
+        value_error=value_error,
+        gradient=gradient,
+        gradient_error=gradient_error,
+        gradient_error_parts=Accuracy(gradient_error, zero),
+        achieved=Accuracy(gradient_error, zero),
+        work=Work(points=calls, values=calls, gradients=gradients),
+        status=_point_status(finite),
+        provenance=provenance,
+    )
+
+
+def _point_status(finite: Array) -> Any:
+    outcome = lambda one: PointStatus.where(one, PointStatus.ok, PointStatus.failed)  # noqa: E731
+    return jax.vmap(outcome)(finite) if finite.ndim else outcome(finite)
