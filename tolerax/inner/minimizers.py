@@ -57,6 +57,10 @@ class Smooth(eqx.Module):
         d, m = self.lower_bound, self.self_concordance
         return distance(jnp.asarray(decrement) + rounding, r_dual, d, m)
 
+    def decrement_for(self, tolerance: ArrayLike) -> Scalar:
+        """The Newton decrement that is enough for a distance of `tolerance`."""
+        return decrement_for(jnp.asarray(tolerance), self.lower_bound, self.self_concordance)
+
     def rounding(self, y: Vector, largest: Scalar) -> Scalar:
         """What rounding leaves of gradients at y, in the dual norm: about eps |H| |y|, where
         `largest` is the largest curvature seen."""
@@ -72,6 +76,7 @@ class LowerResult(eqx.Module):
     - `gradients`, `products`: work. `status`: a `PointStatus`.
     - `third`: a lower bound on M, from how the gradient changed along Newton steps (0 if none).
     - `curvature`: bound on the smallest eigenvalue of D^-1 H seen: below 0.99 it contradicts D.
+    - `rounding`: what rounding may have added to the residual, in the dual norm.
     """
 
     y: Vector
@@ -83,6 +88,7 @@ class LowerResult(eqx.Module):
     status: Any
     third: Scalar
     curvature: Scalar
+    rounding: Scalar
 
 
 class Minimizer(eqx.Module):
@@ -145,7 +151,7 @@ class NewtonCG(Minimizer):
         largest = jnp.max(d_bound)
         t, a = lower.distance(r, lower.rounding(y, largest))
         cg = CG(self.max_cg_steps)
-        wanted = decrement_for(tolerance, d_bound, m)
+        wanted = lower.decrement_for(tolerance)
 
         def unfinished(state: tuple) -> Bool[Array, ""]:
             _, h, _, t, _, step, _, _, stuck, *_ = state
@@ -219,12 +225,13 @@ class NewtonCG(Minimizer):
         zero = jnp.array(0, count)
         nothing = jnp.zeros((), y.dtype)
         start = (y, h, r, t, a, zero, zero + 1, zero, zero, nothing, nothing + jnp.inf, largest)
-        y, h, r, t, a, _, gradients, products, stuck, third, curvature, _ = jax.lax.while_loop(
-            unfinished, newton, start
+        y, h, r, t, a, _, gradients, products, stuck, third, curvature, largest = (
+            jax.lax.while_loop(unfinished, newton, start)
         )
         finite = jnp.isfinite(h) & jnp.all(jnp.isfinite(r))
         status = _outcome(t <= tolerance, stuck >= 2, finite)
-        return LowerResult(y, r, t, a, gradients, products, status, third, curvature)
+        rounding = lower.rounding(y, largest)
+        return LowerResult(y, r, t, a, gradients, products, status, third, curvature, rounding)
 
 
 class LBFGS(Minimizer):
@@ -356,4 +363,5 @@ def _from_gradient(
         _outcome(t <= tolerance, stuck, finite),
         jnp.zeros((), y.dtype),
         jnp.full((), jnp.inf, y.dtype),
+        rounding,
     )

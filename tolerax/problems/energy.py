@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from tolerax.contracts import Provenance, Work
 from tolerax.inner.bounds import dual_norm
@@ -147,7 +147,10 @@ class Minimization(eqx.Module):
     ) -> tuple[LinearResult, Solved]:
         solve = self._linear(at, known, y, b, tolerance, guess)
         wrong = self.contradiction(solve.curvature, jnp.zeros((), y.dtype), known)
-        status = PointStatus.where(solve.converged, PointStatus.ok, PointStatus.inaccurate)
+        # A solve that ends before its limit without an answer has met rounding.
+        floored = (solve.iterations < self.adjoint_solver.max_steps) & jnp.isfinite(solve.error)
+        status = PointStatus.where(floored, PointStatus.floor, PointStatus.inaccurate)
+        status = PointStatus.where(solve.converged, PointStatus.ok, status)
         status = PointStatus.where(wrong, PointStatus.contradicted, status)
         work = Work(hessian_products=solve.products, linear_iterations=solve.iterations)
         zero = jnp.zeros((), y.dtype)
@@ -167,7 +170,14 @@ class Minimization(eqx.Module):
             m = estimates["self_concordance"]
             estimates["self_concordance"] = jnp.maximum(m, solve.third)
         return Solved(
-            solve.y, solve.residual, solve.distance, solve.exponent, work, status, estimates
+            solve.y,
+            solve.residual,
+            solve.distance,
+            solve.exponent,
+            work,
+            status,
+            estimates,
+            solve.rounding,
         )
 
     @abc.abstractmethod
@@ -191,7 +201,16 @@ class Energy(Minimization):
     """
 
     def solve_state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar) -> Solved:
-        return self._state(at, known, y, tolerance)
+        # Bounds grow like exp(M |y - y*|): where that exceeds 1 they say nothing, and Newton's
+        # method, which converges quadratically from about there, gets below it almost for free.
+        root = jnp.sqrt(jnp.min(known.lower_bound))
+        useful = root / jnp.maximum(known.self_concordance, jnp.finfo(y.dtype).tiny * root)
+        solved = self._state(at, known, y, jnp.minimum(tolerance, useful))
+        enough = (solved.error <= tolerance) & (
+            (solved.status == PointStatus.inaccurate) | (solved.status == PointStatus.floor)
+        )
+        status = PointStatus.where(enough, PointStatus.ok, solved.status)
+        return eqx.tree_at(lambda s: s.status, solved, status)
 
     def solve_adjoint(
         self, at: Fixed, known: Known, y: Vector, b: Vector, guess: Vector, tolerance: Scalar
@@ -232,7 +251,28 @@ class Energy(Minimization):
             smoothness=smoothness,
             cross=cross,
         )
+        # Rounding of r in q'r, and of the gradient, a sum of products that may cancel.
+        q_norm, eps = jnp.sqrt(qhq), jnp.finfo(y.dtype).eps
+        errors = Errors(
+            errors.value + q_norm * state.rounding,
+            errors.from_state,
+            errors.from_adjoint + 8 * eps * cross.adjoint * q_norm,
+        )
         return j - jnp.dot(q, r), errors, estimates, Work(hessian_products=products)
+
+
+class ByResidual(Smooth):
+    """A lower level whose distances are bounded by gradients alone, `|y - y*|_D <= |r|_{D^-1}`."""
+
+    def distance(
+        self, r: Vector, rounding: Scalar, decrement: ArrayLike = jnp.inf
+    ) -> tuple[Scalar, Scalar]:
+        del decrement
+        bound = dual_norm(r, self.lower_bound) + rounding
+        return bound, self.self_concordance * bound / jnp.sqrt(jnp.min(self.lower_bound))
+
+    def decrement_for(self, tolerance: ArrayLike) -> Scalar:
+        return jnp.zeros_like(self.self_concordance)
 
 
 class Euclidean(Minimization):
@@ -243,16 +283,28 @@ class Euclidean(Minimization):
 
     Source: Salehi, Mukherjee, Roberts, Ehrhardt (arXiv 2308.10098) for the value; Ehrhardt and
     Roberts, *Analyzing inexact hypergradients* (IMA J. Appl. Math. 2023) for the gradient, here
-    with the term of a Hessian that varies, `L_H <= M |H|`.
+    with the term of a Hessian that varies, `L_H <= M |H|`. The norms of H and of the cross
+    derivative are estimated by power iteration, whatever else is known.
     """
+
+    @property
+    def provenance(self) -> Provenance:
+        known = [pair for pair in super().provenance.constants if pair[0] != "cross"]
+        return Provenance((*known, ("cross", "estimated"), ("hessian_norm", "estimated")))
 
     def solve_state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar) -> Solved:
         mu = jnp.min(known.lower_bound)
-        flat = Known(jnp.full_like(y, mu), jnp.zeros_like(mu), known.estimates, known.work)
+        m = known.self_concordance
+        flat = Known(jnp.full_like(y, mu), m, known.estimates, known.work)
         # |r|_{D^-1} = |r| / sqrt(mu) <= sqrt(mu) eps is |r| <= mu eps.
         solved = self._state(at, flat, y, jnp.sqrt(mu) * tolerance)
-        error = jnp.linalg.norm(solved.residual) / mu
-        return eqx.tree_at(lambda s: s.error, solved, error)
+        return eqx.tree_at(lambda s: s.error, solved, solved.error / jnp.sqrt(mu))
+
+    def smooth(self, at: Fixed, known: Known) -> Smooth:
+        lower = super().smooth(at, known)
+        return ByResidual(
+            lower.value, lower.lower_bound, lower.self_concordance, lower.preconditioner
+        )
 
     def solve_adjoint(
         self, at: Fixed, known: Known, y: Vector, b: Vector, guess: Vector, tolerance: Scalar

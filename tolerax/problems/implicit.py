@@ -82,7 +82,8 @@ class Fixed:
 
 
 class Solved(eqx.Module):
-    """A state or adjoint solve: the vector, bounds on its error, the work and the outcome."""
+    """A state or adjoint solve: the vector, bounds on its error, the work and the outcome;
+    `rounding` is what rounding may have added to the residual, in the dual norm."""
 
     vector: Vector
     residual: Vector
@@ -91,6 +92,7 @@ class Solved(eqx.Module):
     work: Work
     status: Any
     estimates: dict[str, Array]
+    rounding: Scalar | float = 0.0
 
 
 class Implicit(Problem):
@@ -163,7 +165,7 @@ class Implicit(Problem):
             carry = jax.tree.map(spread, self.cold_start())
         accuracy = jax.tree.map(lambda t: jnp.broadcast_to(t, (count,)), query.accuracy)
         point = lambda x, a, c: self._point(x, a, c, query.derivatives)  # noqa: E731
-        answers = jax.vmap(point)(query.x, accuracy, carry)
+        answers = eqx.filter_vmap(point)(query.x, accuracy, carry)
         mask = query.mask
         counted = lambda n: jnp.sum(jnp.where(mask, n, 0))  # noqa: E731
         return eqx.tree_at(lambda e: e.work, answers, jax.tree.map(counted, answers.work))

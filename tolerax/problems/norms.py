@@ -26,11 +26,15 @@ class CrossBounds(eqx.Module):
     - `adjoint`: B1 >= `|F_x' w|_2` for all w with `w'Hw <= 1`.
     - `state`: B2 >= `|d/dy [grad_x J - F_x' q] e|_2` for all e with `e'He <= 1`.
     - `both`: B12 with `|(F_x(y + e) - F_x(y))' w|_2 <= B12 |e|_H |w|_H`.
+    - `third`: B3 with `|d2/dy2 [grad_x J - F_x' q] [e, v]|_2 <= B3 M |v|_2 |q|_H |e|_H` at every y,
+      with H = H(y) there and M the self-concordance: how fast what `state` bounds can change. 0
+      where F_x is at most linear in y and grad_x J does not depend on it.
     """
 
     adjoint: Scalar
     state: Scalar
     both: Scalar
+    third: Scalar | float = 0.0
 
 
 class Errors(eqx.Module):
@@ -55,18 +59,27 @@ def energy_errors(
     With e = y - y*, t = `distance` >= |e|_H, a = `exponent` >= M |e|_2, sigma = `adjoint_error` >=
     |q - H^-1 grad J|_H and A = `smoothness` (Hess_yy J <= A H):
 
-    - value: `J(y) - q'r - f = -s'e + q'(H - G)e + R` with s = grad J - H q, G the mean Hessian over
+    - value: `J(y) - q'r - f = s'e + q'(H - G)e - R` with s = grad J - H q, G the mean Hessian over
       the segment and |R| <= A t^2 / 2, hence at most sigma t + excess(a) |q|_H t + A t^2 / 2;
     - adjoint: H*(q - q*) = grad J(y) - grad J(y*) - s + (H* - H) q with H* >= exp(-a) H, hence
       |q - q*|_H <= exp(a) (sigma + A t + (exp(a) - 1) |q|_H);
-    - gradient: at most B2 t + (B1 + B12 t) |q - q*|_H.
+    - gradient: z - grad phi is the change of grad_x J - F_x' q from y* to y, at most
+      B2 t + B3 excess(a) |q|_H t, and F_x(y*)'(q* - q), at most (B1 + B12 t) |q - q*|_H.
     """
-    t, a = distance, jnp.minimum(exponent, 50.0)
-    value = adjoint_error * t + excess(a) * q_norm * t + 0.5 * smoothness * t * t
-    from_state = jnp.exp(a) * (smoothness * t + jnp.expm1(a) * q_norm)
-    from_adjoint = jnp.exp(a) * adjoint_error
+    t, a = distance, exponent
+    curved = _times(excess(a), q_norm * t)
+    value = adjoint_error * t + curved + 0.5 * smoothness * t * t
+    from_state = _times(jnp.exp(a), smoothness * t + _times(jnp.expm1(a), q_norm))
+    from_adjoint = _times(jnp.exp(a), adjoint_error)
     factor = cross.adjoint + cross.both * t
-    return Errors(value, cross.state * t + factor * from_state, factor * from_adjoint)
+    direct = cross.state * t + _times(jnp.asarray(cross.third, t.dtype), curved)
+    return Errors(value, direct + _times(factor, from_state), _times(factor, from_adjoint))
+
+
+def _times(a: Scalar, b: Scalar) -> Scalar:
+    """The product of two bounds. Far from the solution exp(a) overflows and there is no bound, but
+    nothing times infinity is nothing."""
+    return jnp.where((a == 0) | (b == 0), jnp.zeros_like(a * b), a * b)
 
 
 def estimate_cross(at: Any, lower_bound: Vector, y: Vector, q: Vector) -> tuple[CrossBounds, int]:
@@ -88,4 +101,5 @@ def estimate_cross(at: Any, lower_bound: Vector, y: Vector, q: Vector) -> tuple[
     state = norm_of(lambda y: gradient_x(y, q), y)
     q_energy = jnp.linalg.norm(root * q)
     both = state / jnp.maximum(q_energy, jnp.finfo(y.dtype).tiny)
-    return CrossBounds(adjoint, state, jnp.where(q_energy > 0, both, adjoint)), 8
+    both = jnp.where(q_energy > 0, both, adjoint)
+    return CrossBounds(adjoint, state, both, third=both), 8
