@@ -201,7 +201,7 @@ class Objective(Problem):
             first = x if one else jax.tree.map(lambda leaf: leaf[0], x)
             return self._assemble([failed(first, query.derivatives)] * count, first, one)
         x = jax.tree.map(np.asarray, query.x)
-        if one:
+        if query.mask is None:
             points, mask = [x], [True]
         else:
             mask = np.asarray(query.mask)
@@ -259,12 +259,12 @@ class Objective(Problem):
 
 @eqx.filter_jit
 def _answer(
-    value: Array,
-    value_error: Array,
+    value: Any,
+    value_error: Any,
     gradient: PyTree,
-    gradient_error: Array,
-    calls: Array,
-    gradients: Array,
+    gradient_error: Any,
+    calls: Any,
+    gradients: Any,
     provenance: Provenance,
 ) -> Evaluation:
     """What Python code answered, as an evaluation; compiled, since it is made at every point."""
