@@ -238,7 +238,7 @@ class Objective(Problem):
     def _assemble(self, rows: list[Row], x: PyTree, one: bool) -> Evaluation:
         dtype = jax.tree.leaves(x)[0].dtype
 
-        def column(entries: list) -> np.ndarray:
+        def column(entries: list) -> Any:
             stacked = np.asarray(entries, dtype)
             return stacked[0] if one else stacked
 
