@@ -61,7 +61,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": r"/plot_",
-    "within_subsection_order": "FileNameSortKey",
+    "within_subsection_order": "gallery_order.MainFirst",
     "capture_repr": (),
     "image_srcset": ["2x"],
     "thumbnail_size": (480, 320),
