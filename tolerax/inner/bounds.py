@@ -23,11 +23,17 @@ def shrink(a: Scalar) -> Scalar:
     return jnp.where(a > 1e-6, -jnp.expm1(-a) / jnp.where(a > 0, a, 1), 1 - a / 2)
 
 
+def growth(a: Scalar) -> Scalar:
+    """`(exp(a) - 1) / a`: the mean Hessian over a segment is at most this times the end's."""
+    many = jnp.expm1(a) / jnp.where(a > 0, a, 1)
+    # Where exp overflows, as for a = inf, there is no bound.
+    return jnp.where(a > 1e-6, jnp.where(jnp.isnan(many), jnp.inf, many), 1 + a * (1 + a) / 2)
+
+
 def excess(a: Scalar) -> Scalar:
     """`(exp(a) - 1 - a) / a`: how far the mean Hessian over a segment is from the end's."""
     few = a / 2 + a * a / 6 * (1 + a / 3)
     many = (jnp.expm1(a) - a) / jnp.where(a > 0, a, 1)
-    # Where exp overflows, as for a = inf, there is no bound.
     return jnp.where(a > 1e-4, jnp.where(jnp.isnan(many), jnp.inf, many), few)
 
 

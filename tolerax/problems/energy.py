@@ -248,6 +248,7 @@ class Energy(Minimization):
             exponent=state.exponent,
             adjoint_error=adjoint.error,
             q_norm=jnp.sqrt(qhq),
+            q_bend=known.self_concordance * jnp.linalg.norm(q),
             smoothness=smoothness,
             cross=cross,
         )

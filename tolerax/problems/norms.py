@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tolerax.inner.bounds import excess
+from tolerax.inner.bounds import excess, growth
 from tolerax.inner.estimates import largest_singular_value
 
 Scalar = Float[Array, ""]
@@ -51,28 +51,36 @@ def energy_errors(
     exponent: Scalar,
     adjoint_error: Scalar,
     q_norm: Scalar,
+    q_bend: Scalar,
     smoothness: Scalar,
     cross: CrossBounds,
 ) -> Errors:
     """Bounds in the energy norm of H = H(y).
 
     With e = y - y*, t = `distance` >= |e|_H, a = `exponent` >= M |e|_2, sigma = `adjoint_error` >=
-    |q - H^-1 grad J|_H and A = `smoothness` (Hess_yy J <= A H):
+    |q - H^-1 grad J|_H, A = `smoothness` (|Hess_yy J| <= A H), |q|_H = `q_norm` and M |q|_2 =
+    `q_bend`:
 
-    - value: `J(y) - q'r - f = s'e + q'(H - G)e - R` with s = grad J - H q, G the mean Hessian over
-      the segment and |R| <= A t^2 / 2, hence at most sigma t + excess(a) |q|_H t + A t^2 / 2;
+    - third order: D^3 h[e, q, w] is at most M |e|_2 |q|_H |w|_H and at most M |q|_2 |e|_H |w|_H in
+      the Hessian where it is taken, which is at most exp(a) H. With c = min(a |q|_H, M |q|_2 t)
+      hence `|(H* - H) q|_{H^-1} <= c (exp(a) - 1) / a` and, with G the mean Hessian over the
+      segment, `|q'(H - G) e| <= c t excess(a) / a`. The second form of c needs no bound on |e|_2;
+    - value: `J(y) - q'r - f = s'e + q'(H - G)e - R` with s = grad J - H q and |R| <= A t^2 / 2,
+      hence at most sigma t + c t excess(a) / a + A t^2 / 2;
     - adjoint: H*(q - q*) = grad J(y) - grad J(y*) - s + (H* - H) q with H* >= exp(-a) H, hence
-      |q - q*|_H <= exp(a) (sigma + A t + (exp(a) - 1) |q|_H);
+      |q - q*|_H <= exp(a) (sigma + A t + c (exp(a) - 1) / a);
     - gradient: z - grad phi is the change of grad_x J - F_x' q from y* to y, at most
       B2 t + B3 excess(a) |q|_H t, and F_x(y*)'(q* - q), at most (B1 + B12 t) |q - q*|_H.
     """
     t, a = distance, exponent
-    curved = _times(excess(a), q_norm * t)
-    value = adjoint_error * t + curved + 0.5 * smoothness * t * t
-    from_state = _times(jnp.exp(a), smoothness * t + _times(jnp.expm1(a), q_norm))
+    change = jnp.minimum(_times(a, q_norm), q_bend * t)
+    half = jnp.where(a > 0, excess(a) / jnp.where(a > 0, a, 1), 0.5)
+    value = adjoint_error * t + _times(half, change * t) + 0.5 * smoothness * t * t
+    from_state = _times(jnp.exp(a), smoothness * t + _times(growth(a), change))
     from_adjoint = _times(jnp.exp(a), adjoint_error)
     factor = cross.adjoint + cross.both * t
-    direct = cross.state * t + _times(jnp.asarray(cross.third, t.dtype), curved)
+    third = _times(jnp.asarray(cross.third, t.dtype), q_norm * t)
+    direct = cross.state * t + _times(excess(a), third)
     return Errors(value, direct + _times(factor, from_state), _times(factor, from_adjoint))
 
 
