@@ -365,7 +365,7 @@ def _configure(solver: Solver, options: dict[str, Any]) -> tuple[Solver, dict[st
     run = {name: value for name, value in options.items() if name in RUN_OPTIONS}
     if run.pop("disp", False) and "progress" not in run:
         run["progress"] = True
-    return dataclasses.replace(solver, **changes), run
+    return dataclasses.replace(solver, **changes) if changes else solver, run
 
 
 # -- the result -----------------------------------------------------------------------------------

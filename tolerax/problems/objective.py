@@ -157,10 +157,11 @@ class Objective(Problem):
     def evaluate(self, query: Query) -> Evaluation:
         if self.is_host:
             return self._evaluate_on_host(query)
-        if query.mask is None:
+        mask = query.mask
+        if mask is None:
             return self._point(query.x, query.derivatives)
         answers = eqx.filter_vmap(lambda x: self._point(x, query.derivatives))(query.x)
-        total = jax.tree.map(lambda n: jnp.sum(jnp.where(query.mask, n, 0)), answers.work)
+        total = jax.tree.map(lambda n: jnp.sum(jnp.where(mask, n, 0)), answers.work)
         return eqx.tree_at(lambda e: e.work, answers, total)
 
     def _point(self, x: PyTree, derivatives: int) -> Evaluation:

@@ -89,6 +89,8 @@ def number(value: Any, dtype: Any) -> tuple[float, float]:
     if value is None:
         raise TypeError("the objective returned None: it must return a number.")
     array = np.asarray(value)
+    if array.dtype.kind in "USmM":
+        raise TypeError(f"the objective returned {value!r}: it must return a number.")
     if np.iscomplexobj(array):
         raise TypeError("the objective returned a complex number: return its real part or modulus.")
     if array.size != 1:
