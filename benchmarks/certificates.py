@@ -30,9 +30,8 @@ class Check(NamedTuple):
 
 def check(answers: Iterable[Told], problem: tolerax.Bilevel, slack: float = 1e-12) -> list[Check]:
     """Every answer against a reference solve to a relative accuracy of `slack`."""
-    oracle = problem.oracle
-    truth = Dense(oracle.cost, oracle.potential)
-    _, unravel = ravel_pytree(oracle.y0)
+    truth = Dense.of(problem)
+    _, unravel = ravel_pytree(problem.oracle.y0)
     checks, first = [], None
     for told in answers:
         true = truth(told.x, unravel(told.y))

@@ -60,7 +60,8 @@ def fista(
         return z_new, y_new, t_new, gradient(z_new), k + 1
 
     g = gradient(start)
-    z, _, _, g, k = jax.lax.while_loop(running, step, (start, start, jnp.zeros_like(q), g, 1))
+    begin = (start, start, jnp.zeros_like(q), g, jnp.array(1))
+    z, _, _, g, k = jax.lax.while_loop(running, step, begin)
     return Fista(unravel(z), jnp.linalg.norm(g), k)
 
 

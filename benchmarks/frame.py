@@ -76,6 +76,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def finite(value: float) -> float | None:
+    """The value as a float, `None` where it is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
 def run(groups: Iterable[Group], settings: Settings) -> dict[str, Any]:
     """Measure every group; one that fails leaves its figures empty and the rest untouched."""
     figures: dict[str, float | None] = {}
@@ -94,9 +99,11 @@ def run(groups: Iterable[Group], settings: Settings) -> dict[str, Any]:
         seconds[group.name] = round(time.perf_counter() - start, 1)
         for bar in group.bars:
             found = measured.get(bar.name)
-            figures[bar.name] = None if found is None else float(found.figure)
+            # What never arrived is infinite, which JSON cannot say.
+            figures[bar.name] = None if found is None else finite(found.figure)
             if found is not None:
-                details[bar.name] = {"samples": list(found.samples), **found.detail}
+                samples = [finite(sample) for sample in found.samples]
+                details[bar.name] = {"samples": samples, **found.detail}
     return {
         "figures": figures,
         "versions": versions(),
@@ -114,7 +121,7 @@ def table(groups: Iterable[Group], result: Mapping[str, Any]) -> str:
     for group in groups:
         for bar in group.bars:
             value = result["figures"].get(bar.name)
-            shown = "not measured" if value is None else f"{value:.4g}"
+            shown = "none" if value is None else f"{value:.4g}"
             verdict = "met" if bar.met(value) else "MISSED"
             rows.append((bar.name, shown, f"{bar.sense} {bar.limit:g}", verdict, bar.meaning))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -132,7 +139,9 @@ def table(groups: Iterable[Group], result: Mapping[str, Any]) -> str:
 
 def last_line(result: Mapping[str, Any]) -> str:
     """The one JSON object that every benchmark prints last."""
-    return json.dumps({"figures": result["figures"], "versions": result["versions"]})
+    return json.dumps(
+        {"figures": result["figures"], "versions": result["versions"]}, allow_nan=False
+    )
 
 
 def save(name: str, result: Mapping[str, Any]) -> Path:

@@ -16,7 +16,7 @@ import tolerax
 from benchmarks.frame import Bar, Group, Measured, Settings
 from benchmarks.runs import Loss, Told, first_below, record
 from tolerax.inner import LBFGS
-from tolerax.problems.library import LibraryProblem
+from tolerax.problems.library import Denoising, LibraryProblem
 
 SCHEDULES: Mapping[str, Callable[[], tolerax.HOAG]] = {
     "0.9^k": lambda: tolerax.HOAG(schedule="geometric", decay=0.9),
@@ -128,9 +128,8 @@ def measure_p3(settings: Settings) -> dict[str, Measured]:
     """P3 against HOAG: cost, and decibels at equal cost (smaller pictures in a quick run)."""
     from tolerax.problems.library import field_of_experts
 
-    def make(seed: int, **options: Any) -> LibraryProblem:
-        size = {"size": 32, "pictures": 3} if settings.quick else {}
-        return field_of_experts(seed, **size, **options)
+    def make(seed: int, **options: Any) -> Denoising:
+        return field_of_experts(seed, *((32, 3) if settings.quick else (64, 10)), **options)
 
     ratios, gains, details = [], [], []
     for seed in settings.seeds:

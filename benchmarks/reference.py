@@ -15,7 +15,16 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+import tolerax
+
 Level = Callable[[PyTree, PyTree], Float[Array, ""]]  # upper(y, x) or lower(y, x)
+
+
+def both_levels(problem: tolerax.Bilevel) -> tuple[Level, Level]:
+    """Upper and lower level of a problem as functions of (y, x)."""
+    lower = problem.oracle.potential
+    assert lower is not None
+    return problem.oracle.cost, lower
 
 
 class Truth(NamedTuple):
@@ -65,6 +74,11 @@ class Dense(NamedTuple):
     lower: Level
     tolerance: float = 1e-12
     max_steps: int = 100
+
+    @staticmethod
+    def of(problem: tolerax.Bilevel) -> "Dense":
+        """For a problem of the library."""
+        return Dense(*both_levels(problem))
 
     def __call__(self, x: PyTree, y: PyTree) -> Truth:
         """The truth at x; y is where Newton's method starts."""

@@ -2,8 +2,6 @@
 
 import itertools
 
-import jax.numpy as jnp
-
 import tolerax
 from benchmarks.frame import Bar, Group, Measured, Settings
 from benchmarks.runs import Loss, first_below, record
@@ -17,13 +15,12 @@ COST = 5_000
 def spreads(seed: int, settings: Settings) -> tuple[float, float, dict]:
     """Largest over smallest cost to the common target (the lowest final loss, up to a thousandth of
     what it gained), and the relative spread of final losses."""
-    size = {"size": 32, "pictures": 4} if settings.quick else {"size": 64}
-    ready = tv_denoising(seed, **size)
+    ready = tv_denoising(seed, *((32, 4) if settings.quick else (64, 10)))
     loss = Loss(ready.problem)
     runs = {}
     for tolerance, step in itertools.product(TOLERANCES, STEPS):
         solver = tolerax.InexactLineSearch(
-            accuracy=tolerax.Accuracy(tolerance, tolerance), first_step=jnp.asarray(step)
+            accuracy=tolerax.Accuracy(tolerance, tolerance), first_step=step
         )
         answers = record(ready.problem, solver, ready.x0, COST)
         runs[f"{tolerance:g}, {step:g}"] = answers

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 import tolerax
-from benchmarks.reference import tight_loss
+from benchmarks.reference import both_levels, tight_loss
 
 
 class Told(NamedTuple):
@@ -63,7 +63,7 @@ class Loss:
     point is solved once."""
 
     def __init__(self, problem: tolerax.Bilevel):
-        self.upper, self.lower = problem.oracle.cost, problem.oracle.potential
+        self.upper, self.lower = both_levels(problem)
         self.y = problem.oracle.y0
         self.known: dict[bytes, tuple[float, PyTree]] = {}
 

@@ -1,5 +1,6 @@
 """The library's P1 and P4 as sums over samples, for methods that take minibatches."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from benchmarks.soba import Level
-from tolerax.problems.library.cleaning import HyperCleaning
+from tolerax.problems.library.cleaning import HyperCleaning, WeightedLoss
 from tolerax.problems.library.digits import Samples
 from tolerax.problems.library.penalties import DigitsPenalties
 
@@ -56,7 +57,9 @@ class Levels(NamedTuple):
     lower: Level
 
 
-def mean_over(samples: Samples, rest: eqx.Module, weighted: bool = False) -> Level:
+def mean_over(
+    samples: Samples, rest: Callable[[PyTree, PyTree], Array], weighted: bool = False
+) -> Level:
     """A mean loss plus what does not depend on the samples."""
     count = samples.features.shape[0]
     return Level(Losses(samples, weighted), rest, count, 1 / count)
@@ -67,5 +70,6 @@ def levels(ready: DigitsPenalties | HyperCleaning) -> Levels:
     upper = mean_over(ready.data.validation, Nothing())
     if isinstance(ready, DigitsPenalties):
         return Levels(upper, mean_over(ready.data.train, Penalty()))
-    ridge = Ridge(ready.problem.oracle.potential.ridge)
-    return Levels(upper, mean_over(ready.data.train, ridge, weighted=True))
+    lower = ready.problem.oracle.potential
+    assert isinstance(lower, WeightedLoss)
+    return Levels(upper, mean_over(ready.data.train, Ridge(lower.ridge), weighted=True))

@@ -60,7 +60,7 @@ class Batches(NamedTuple):
         return Batches(padded, jnp.where(inside, float(blocks), 0.0))
 
     @property
-    def count(self) -> int:
+    def blocks(self) -> int:
         return self.indices.shape[0]
 
 
@@ -72,7 +72,7 @@ def estimate(level: Level, batches: Batches, block: Array, y: PyTree, x: PyTree)
 
 def steps_for(cost: float, lower_batches: Batches) -> int:
     """How many steps a cost in full passes (lower gradients + Hessian products) pays for."""
-    return int(cost * lower_batches.count / 2)
+    return int(cost * lower_batches.blocks / 2)
 
 
 def saga(term: Vector, memory: tuple[Array, Array], block: Array) -> tuple[Vector, Any]:
@@ -112,9 +112,9 @@ def run(
     upper_batches = Batches.of(upper.samples, size, jax.random.fold_in(partition, 1))
 
     def block_at(batches: Batches, k: Array, stream: int) -> Array:
-        epoch, position = k // batches.count, k % batches.count
+        epoch, position = k // batches.blocks, k % batches.blocks
         shuffle = jax.random.fold_in(jax.random.fold_in(order, stream), epoch)
-        return jax.random.permutation(shuffle, batches.count)[position]
+        return jax.random.permutation(shuffle, batches.blocks)[position]
 
     def step(carry, k):
         x, y, v, memory = carry
@@ -139,7 +139,7 @@ def run(
         return (x, y, v, memory), None
 
     def empty(batches: Batches, like: Vector) -> tuple[Array, Array]:
-        return jnp.zeros((batches.count, *like.shape), like.dtype), jnp.zeros_like(like)
+        return jnp.zeros((batches.blocks, *like.shape), like.dtype), jnp.zeros_like(like)
 
     memory = {}
     if variance_reduced:

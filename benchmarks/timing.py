@@ -44,9 +44,9 @@ def compilations() -> Iterator[list[str]]:
     """Collects one entry for every XLA compilation inside the `with`."""
     found: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILED:
-            found.append(f"{duration:.3f} s")
+            found.append(f"{duration_secs:.3f} s")
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -67,8 +67,8 @@ def seconds_per_call(call: Callable[[], Any], repeats: int) -> float:
 
 
 def measure_oracle(settings: Settings) -> dict[str, Measured]:
-    """Wall time of a warm oracle call on P2 per unit of work over that of the jitted gradient of the
-    lower level, measured in turn; compilations when x, tolerances or warm start change."""
+    """Wall time of a warm oracle call on P2 per unit of work, over that of the jitted gradient of
+    the lower level, in turn; compilations when x, tolerances or warm starts change."""
     from tolerax.problems.library import tv_denoising
 
     ready = tv_denoising(settings.seeds[0])
