@@ -36,11 +36,17 @@ class Progress(Protocol):
     traced, so a second call of the compiled function begins with `update`.
     """
 
-    def start(self, total: int | None, description: str) -> None: ...
+    def start(self, total: int | None, description: str) -> None:
+        """A run of at most `total` steps begins."""
+        ...
 
-    def update(self, step: int, **scalars: float) -> None: ...
+    def update(self, step: int, **scalars: float) -> None:
+        """`step` steps are done."""
+        ...
 
-    def close(self, message: str) -> None: ...
+    def close(self, message: str) -> None:
+        """The run is over."""
+        ...
 
 
 class _Guarded:

@@ -46,6 +46,7 @@ class Minimization(eqx.Module):
 
     @property
     def provenance(self) -> Provenance:
+        """Which constants are given, proved or estimated."""
         names = ("strong_convexity", "self_concordance", "upper_smoothness", "cross")
         return Provenance(tuple((name, origin(getattr(self, name))) for name in names))
 
@@ -181,6 +182,16 @@ class Minimization(eqx.Module):
         )
 
     @abc.abstractmethod
+    def solve_state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar) -> Solved:
+        """Solve for the state from the guess y until its error is at most the tolerance."""
+
+    @abc.abstractmethod
+    def solve_adjoint(
+        self, at: Fixed, known: Known, y: Vector, b: Vector, guess: Vector, tolerance: Scalar
+    ) -> Solved:
+        """Solve `F_y' q = b` at y from a guess until the error is at most the tolerance."""
+
+    @abc.abstractmethod
     def least_value(self, known: Known, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
         """About the least value that J can have at the exact state, to first order, without an
         adjoint: it decides whether an adjoint is worth solving, never what is claimed."""
@@ -290,6 +301,7 @@ class Euclidean(Minimization):
 
     @property
     def provenance(self) -> Provenance:
+        """Which constants are given, proved or estimated."""
         known = [pair for pair in super().provenance.constants if pair[0] != "cross"]
         return Provenance((*known, ("cross", "estimated"), ("hessian_norm", "estimated")))
 

@@ -62,6 +62,7 @@ class Stability(eqx.Module):
 
     @property
     def provenance(self) -> Provenance:
+        """Which constants are given, proved or estimated."""
         names = ("stability", "curvature", "smoothness", "cross")
         return Provenance(tuple((name, origin(getattr(self, name))) for name in names))
 
@@ -119,6 +120,7 @@ class Stability(eqx.Module):
         return SAFETY * estimate
 
     def solve_state(self, at: Fixed, known: KnownStability, y: Vector, tolerance: Scalar) -> Solved:
+        """Solve for the state from the guess y until its error is at most the tolerance."""
         solve = self.state_solver(
             at.residual, y, tolerance, stability=known.stability, curvature=known.curvature
         )
@@ -170,6 +172,7 @@ class Stability(eqx.Module):
         guess: Vector,
         tolerance: Scalar,
     ) -> Solved:
+        """Solve `F_y' q = b` at y from a guess until the error is at most the tolerance."""
         solve = self.solve_transpose(at, known, y, b, tolerance, guess)
         status = PointStatus.where(solve.converged, PointStatus.ok, PointStatus.inaccurate)
         work = Work(hessian_products=solve.products, linear_iterations=solve.iterations)
@@ -191,6 +194,7 @@ class Stability(eqx.Module):
         j: Scalar,
         g_y: Vector,
     ) -> tuple[Scalar, Errors, dict[str, Array], Work]:
+        """The value, bounds on the errors, the estimates to carry on and the work they took."""
         del g_y
         y, q, t = state.vector, adjoint.vector, state.error
         s = jnp.linalg.norm(adjoint.residual)
