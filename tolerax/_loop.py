@@ -117,12 +117,16 @@ def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
     claims = done & is_success(outcome) & ~keep
     own = jax.tree.map(jnp.subtract, solver.work(state), solver.work(run.solver_state))
     run = _note(solver, run, query, evaluation, own, claims)
-    # No solver has to look for this: below minus infinity there is nothing.
-    bottomless = run.best.value == -jnp.inf
-    done, outcome = done | bottomless, Status.where(bottomless, Status.unbounded, outcome)
-    claims = claims & ~bottomless
     ended = Status.where(done & ~claims, outcome, Status.running)
     status = Status.where(keep, checked, ended)
+    # No solver has to look for these: there is nothing below minus infinity, and nothing that rests
+    # on a constant that does not hold can be believed.
+    bottomless = run.best.value == -jnp.inf
+    contradicted = evaluation.status == PointStatus.contradicted
+    contradicted = jnp.any(contradicted if query.mask is None else contradicted & query.mask)
+    status = Status.where(bottomless, Status.unbounded, status)
+    status = Status.where(contradicted, Status.contradicted, status)
+    claims = claims & ~bottomless & ~contradicted
     status = Status.where(run.status == Status.running, status, run.status)
     claim = Status.where(claims, outcome, run.claim)
     history = _record(solver, run, query, evaluation, solver.record(state))
