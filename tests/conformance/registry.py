@@ -1,0 +1,108 @@
+"""The solvers that the conformance suite runs, and what each of them can do.
+
+A new solver joins with one line in `SOLVERS`; every test then runs it as far as its abilities go.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tolerax import HOAG, MAID, InexactLineSearch, Solver
+
+# What a gradient-based descent method reports, whatever it is built of.
+DESCENT = frozenset(
+    {
+        "budget",
+        "contradicted",
+        "converged",
+        "converged_estimated",
+        "non_finite_start",
+        "not_reproduced",
+        "stalled",
+        "stopped",
+        "time",
+        "unbounded",
+    }
+)
+# Of those that tighten the tolerances themselves.
+ADAPTIVE = DESCENT | {"accuracy_floor", "inner_failed"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One solver of the suite.
+
+    - `make(**fields)`: the solver; `method`: its name in `minimize`.
+    - `solves`: names of problems in `zoo.PROBLEMS` that it solves within `STEPS` answers.
+    - `uses_gradient`, `honours_bounds`: as they say.
+    - `statuses`: names of the statuses it can end with, each of which a test must reach.
+    - `looks_twice`: whether it asks for the gradient where it has asked for the value before.
+    - `names_wrong_gradients`: whether it tells a wrong gradient from a failed search.
+    - `fields`: fields to set so that a status is reached within `STEPS` answers, by status.
+    """
+
+    name: str
+    make: Callable[..., Solver]
+    method: str | None = None
+    solves: frozenset[str] = frozenset({"quadratic", "bounded", "half_bounded"})
+    uses_gradient: bool = True
+    honours_bounds: bool = True
+    statuses: frozenset[str] = DESCENT
+    looks_twice: bool = False
+    names_wrong_gradients: bool = False
+    fields: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def to_reach(self, status: str) -> dict[str, Any]:
+        """Fields of the solver with which the case of a status fits into `STEPS` answers."""
+        return self.fields.get(status, {})
+
+    def solver(self, dtype: Any = jnp.float64, **fields: Any) -> Solver:
+        """The solver with its float fields as arrays, as `minimize` passes them on: one compilation
+        serves all tolerances."""
+
+        def array(leaf: Any) -> Any:
+            floating = isinstance(leaf, float) or jnp.issubdtype(
+                jnp.result_type(leaf), jnp.floating
+            )
+            return jnp.asarray(leaf, dtype) if floating else leaf
+
+        return jax.tree.map(array, self.make(**fields))
+
+
+EASY = frozenset({"quadratic", "bounded", "half_bounded"})
+ALL = EASY | {"rosenbrock", "bounded_rosenbrock"}
+
+SOLVERS = (
+    Entry(
+        "line-search",
+        InexactLineSearch,
+        "line-search",
+        solves=ALL,
+        statuses=ADAPTIVE | {"gradient_inconsistent"},
+        names_wrong_gradients=True,
+    ),
+    Entry(
+        "steepest-descent",
+        functools.partial(InexactLineSearch, memory=0),
+        "steepest-descent",
+        solves=EASY | {"bounded_rosenbrock"},
+        statuses=ADAPTIVE | {"gradient_inconsistent"},
+        names_wrong_gradients=True,
+    ),
+    Entry(
+        "maid",
+        MAID,
+        "maid",
+        statuses=ADAPTIVE,
+        looks_twice=True,
+        fields={"stalled": {"max_rounds": 5}},
+    ),
+    Entry("hoag", HOAG, "hoag", statuses=DESCENT),
+)
