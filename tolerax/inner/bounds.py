@@ -34,7 +34,7 @@ def excess(a: Scalar) -> Scalar:
     """`(exp(a) - 1 - a) / a`: how far the mean Hessian over a segment is from the end's."""
     few = a / 2 + a * a / 6 * (1 + a / 3)
     many = (jnp.expm1(a) - a) / jnp.where(a > 0, a, 1)
-    return jnp.where(a > 1e-4, jnp.where(jnp.isnan(many), jnp.inf, many), few)
+    return jnp.where(a > 1e-2, jnp.where(jnp.isnan(many), jnp.inf, many), few)
 
 
 def at_least(ratio: Scalar) -> Scalar:
@@ -53,8 +53,9 @@ def distance(decrement: Scalar, r_dual: Scalar, d: Vector, m: Scalar) -> tuple[S
     can be solved while `M decrement < sqrt(min D)`, or `|e| <= r_dual / sqrt(min D)`.
     """
     root = jnp.sqrt(jnp.min(d))
+    exponent = lambda t: jnp.where(m > 0, m * t / root, 0)  # noqa: E731
     decrement = jnp.minimum(decrement, r_dual)
-    ratio = m * decrement / root
+    ratio = exponent(decrement)
     solvable = ratio < 0.999
     safe = jnp.where(solvable, ratio, 0.5)
     # -log(1 - ratio) root / M, and its limit for M -> 0.
@@ -62,13 +63,15 @@ def distance(decrement: Scalar, r_dual: Scalar, d: Vector, m: Scalar) -> tuple[S
         ratio < 1e-6, decrement * (1 + ratio), -jnp.log1p(-safe) * root / jnp.where(m > 0, m, 1)
     )
     local = jnp.where(solvable, local, jnp.inf)
-    a_global = m * r_dual / root
-    t = jnp.minimum(local, decrement / shrink(a_global))
-    a = jnp.minimum(m * jnp.minimum(t, r_dual) / root, a_global)
-    return t, a
+    # Where shrink vanishes, as for a = inf, there is no bound.
+    share = shrink(exponent(r_dual))
+    t = jnp.minimum(local, jnp.where(share > 0, decrement / share, jnp.inf))
+    return t, exponent(jnp.minimum(t, r_dual))
 
 
 def decrement_for(tolerance: Scalar, d: Vector, m: Scalar) -> Scalar:
     """The Newton decrement that is enough for `distance` to return at most `tolerance`."""
     root = jnp.sqrt(jnp.min(d))
-    return tolerance * shrink(m * tolerance / root)
+    a = jnp.where(m > 0, m * tolerance / root, 0)
+    # tolerance * shrink(a), also for an infinite tolerance.
+    return jnp.where(a > 1, -jnp.expm1(-a) * root / jnp.where(m > 0, m, 1), tolerance * shrink(a))
