@@ -45,7 +45,7 @@ def begin(
     finite = tree_all_finite(x0)
     status = Status.where(finite, Status.running, Status.non_finite_start)
     false = jnp.array(False)
-    return Run(state, best, Work(), history, zero, zero, status, false, Status.running)
+    return Run(state, best, Work(), history, zero, zero, status, false, Status.running, bounds)
 
 
 def resumable(run: Run) -> Run:
@@ -140,6 +140,7 @@ def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
         status,
         claims,
         claim,
+        run.bounds,
     )
 
 
@@ -147,7 +148,7 @@ def _note(
     solver: Solver, run: Run, query: Query, evaluation: Evaluation, own: Work, claims: Array
 ) -> Run:
     """Add the work, also the solver's own, and keep the best point."""
-    candidate, usable = _candidate(solver, query, evaluation, run.best)
+    candidate, usable = _candidate(solver, query, evaluation, run)
     failed = evaluation.status == PointStatus.failed
     failed = jnp.all(failed if query.mask is None else failed | ~query.mask)
     best = run.best
@@ -172,9 +173,10 @@ def _note(
 
 
 def _candidate(
-    solver: Solver, query: Query, evaluation: Evaluation, best: Best
+    solver: Solver, query: Query, evaluation: Evaluation, run: Run
 ) -> tuple[Best, Bool[Array, ""]]:
     """The best point of an answer as a `Best`, and whether its value says anything."""
+    best = run.best
     dtype = best.value.dtype
     value, error = evaluation.value.astype(dtype), evaluation.value_error.astype(dtype)
     error = jnp.where(jnp.isnan(error), jnp.inf, error)
@@ -186,7 +188,7 @@ def _candidate(
     else:
         squares = [
             jnp.sum(leaf.astype(dtype) ** 2, axis=tuple(range(axes, leaf.ndim)))
-            for leaf in jax.tree.leaves(evaluation.gradient)
+            for leaf in jax.tree.leaves(_projected(query.x, evaluation.gradient, run.bounds))
         ]
         norm = jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
     if best.gradient is not None:
@@ -214,6 +216,17 @@ def _candidate(
     return Best(x, value, error, gradient, norm, gradient_error, violation, carry), usable
 
 
+def _projected(x: PyTree, gradient: PyTree, bounds: tuple[PyTree, PyTree] | None) -> PyTree:
+    """The gradient without the entries that push against a bound."""
+    if bounds is None:
+        return gradient
+
+    def free(x: Array, g: Array, lower: Array, upper: Array) -> Array:
+        return jnp.where(((x <= lower) & (g > 0)) | ((x >= upper) & (g < 0)), 0, g)
+
+    return jax.tree.map(free, x, gradient, *bounds)
+
+
 def _check_claim(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Any:
     """The status after the claimed point was evaluated again."""
     if query.mask is not None:
@@ -232,7 +245,7 @@ def _record(
 ) -> History:
     """One more row."""
     history = run.history
-    shown, _ = _candidate(solver, query, evaluation, run.best)
+    shown, _ = _candidate(solver, query, evaluation, run)
     accuracy, achieved = query.accuracy, evaluation.achieved
     row = {
         "value": shown.value,

@@ -66,6 +66,7 @@ class Run(eqx.Module):
     status: Any
     verifying: Any
     claim: Any
+    bounds: tuple[PyTree, PyTree] | None
 
 
 class Step(eqx.Module):
@@ -95,9 +96,9 @@ class Solution(eqx.Module):
     """The result of `solve`.
 
     `x` is the best point seen and the truth lies in `interval`, provided that `provenance` holds no
-    estimate; `gradient_error` bounds the Euclidean error of `gradient`, whose norm is
-    `gradient_norm` (`None` and `inf` for solvers that ask for no gradients). `state` continues the
-    run when passed to `solve` as start.
+    estimate; `gradient_error` bounds the Euclidean error of `gradient`. `gradient_norm` is its norm
+    without the entries that push against a bound (`None` and `inf` for solvers that ask for no
+    gradients). `state` continues the run when passed to `solve` as start.
     """
 
     x: PyTree
@@ -142,17 +143,18 @@ class Solution(eqx.Module):
         low, high = (float(end) for end in self.interval)
         kind = "certified" if self.provenance.certified else "estimated"
         work = ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in self.work.as_dict().items())
-        constants = f" ({self.provenance})" if self.provenance.constants else ""
-        return "\n".join(
-            [
-                self.message,
-                f"value      {float(self.value):.10g} in [{low:.10g}, {high:.10g}] ({kind})",
-                f"gradient   norm {float(self.gradient_norm):.3e}, "
-                f"error at most {float(self.gradient_error):.3e} ({kind})",
-                f"work       {work or 'none'}",
-                f"steps      {int(self.steps)}",
-            ]
-        ) + (f"\nconstants {constants[2:-1]}" if constants else "")
+        projected = "projected " if self.state.bounds is not None else ""
+        lines = [
+            self.message,
+            f"value      {float(self.value):.10g} in [{low:.10g}, {high:.10g}] ({kind})",
+            f"gradient   {projected}norm {float(self.gradient_norm):.3e}, "
+            f"error at most {float(self.gradient_error):.3e} ({kind})",
+            f"work       {work or 'none'}",
+            f"steps      {int(self.steps)}",
+        ]
+        if self.provenance.constants:
+            lines.append(f"constants  {self.provenance}")
+        return "\n".join(lines)
 
 
 def empty_history(size: int, stride: int, dtype: Any, recorded: dict[str, Any]) -> History:
