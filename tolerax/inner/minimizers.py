@@ -229,6 +229,8 @@ class NewtonCG(Minimizer):
             jax.lax.while_loop(unfinished, newton, start)
         )
         finite = jnp.isfinite(h) & jnp.all(jnp.isfinite(r))
+        # Where h is not a number its gradient may well be one.
+        t = jnp.where(finite, t, jnp.inf)
         status = _outcome(t <= tolerance, stuck >= 2, finite)
         rounding = lower.rounding(y, largest)
         return LowerResult(y, r, t, a, gradients, products, status, third, curvature, rounding)
@@ -352,6 +354,7 @@ def _from_gradient(
     t, a = lower.distance(r, rounding)
     stuck = stuck | (dual_norm(r, lower.lower_bound) <= rounding)
     finite = jnp.isfinite(h) & jnp.all(jnp.isfinite(r))
+    t = jnp.where(finite, t, jnp.inf)
     zero = jnp.array(0, jnp.result_type(int))
     return LowerResult(
         y,
