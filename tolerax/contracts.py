@@ -264,6 +264,11 @@ class Problem(eqx.Module):
             "leave executor out, or use `Objective(fun, host=True)`."
         )
 
+    def outline(self) -> "Problem":
+        """This problem as far as the shapes of its answers go: a run is begun with it. Python code
+        is left out, so that the next function does not compile again."""
+        return self
+
     @property
     def host(self) -> bool:
         """Whether `evaluate` runs Python code and cannot be compiled."""

@@ -97,7 +97,7 @@ def solve(
         x0 = check_start(x0)
         bounds = check_bounds(problem.bounds, x0)
         key = jax.random.key(0) if key is None else key
-        run = _loop.begin(problem, solver, x0, bounds, key, max_steps)
+        run = _loop.begin(problem.outline(), solver, x0, bounds, key, max_steps)
     traced = not is_concrete(eqx.filter((run, problem, solver), eqx.is_array))
     finish = functools.partial(_finish, problem)
     if traced:

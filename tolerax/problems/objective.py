@@ -43,6 +43,10 @@ class HessianOf(eqx.Module):
         return jax.jvp(jax.grad(value), (self.x,), (vector,))[1]
 
 
+def _nothing(x: PyTree) -> None:
+    """In the place of functions that are not called."""
+
+
 def _scalar(value: Any) -> Array:
     """`value` as a real scalar array, or a clear error."""
     value = jnp.asarray(value) if not isinstance(value, jax.Array) else value
@@ -153,6 +157,12 @@ class Objective(Problem):
             on_error=self.on_error,  # pyright: ignore[reportArgumentType]
             executor=executor,
         )
+
+    def outline(self) -> "Objective":
+        if not self.is_host:
+            return self
+        gradient = _nothing if callable(self.gradient) else self.gradient
+        return Objective(_nothing, gradient=gradient, bounds=self.bounds, host=True)
 
     def evaluate(self, query: Query) -> Evaluation:
         if self.is_host:
