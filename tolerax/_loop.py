@@ -89,9 +89,7 @@ def ask(solver: Solver, run: Run, limits: dict[str, Array]) -> Query:
             again_carry = jax.tree.map(spread, again_carry, run.best.carry)
         query = eqx.tree_at(lambda q: q.mask, query, _affordable(run, query.mask, limits))
     cutoff = None if query.cutoff is None else jnp.full_like(query.cutoff, jnp.inf)
-    again = Query(
-        again_x, query.accuracy, again_carry, again_mask, cutoff, derivatives=query.derivatives
-    )
+    again = Query(again_x, query.accuracy, again_carry, again_mask, query.derivatives, cutoff)
     return jax.tree.map(lambda a, q: jnp.where(run.verifying, a, q), again, query)
 
 

@@ -167,8 +167,8 @@ class Query(eqx.Module):
     accuracy: Accuracy
     carry: PyTree = None
     mask: Bool[Array, " n"] | None = None
-    cutoff: Float[Array, ""] | None = None
     derivatives: int = eqx.field(static=True, default=1)
+    cutoff: Float[Array, ""] | None = None
 
 
 class Evaluation(eqx.Module):
