@@ -30,11 +30,16 @@ def growth(a: Scalar) -> Scalar:
     return jnp.where(a > 1e-6, jnp.where(jnp.isnan(many), jnp.inf, many), 1 + a * (1 + a) / 2)
 
 
+def second_growth(a: Scalar) -> Scalar:
+    """`(exp(a) - 1 - a) / a^2`: 1/2 for small a."""
+    many = (jnp.expm1(a) - a) / jnp.where(a > 0, a, 1) / jnp.where(a > 0, a, 1)
+    few = 0.5 + a / 6 * (1 + a / 3)
+    return jnp.where(a > 1e-2, jnp.where(jnp.isnan(many), jnp.inf, many), few)
+
+
 def excess(a: Scalar) -> Scalar:
     """`(exp(a) - 1 - a) / a`: how far the mean Hessian over a segment is from the end's."""
-    few = a / 2 + a * a / 6 * (1 + a / 3)
-    many = (jnp.expm1(a) - a) / jnp.where(a > 0, a, 1)
-    return jnp.where(a > 1e-2, jnp.where(jnp.isnan(many), jnp.inf, many), few)
+    return a * second_growth(a)
 
 
 def at_least(ratio: Scalar) -> Scalar:

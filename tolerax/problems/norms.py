@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tolerax.inner.bounds import excess, growth
+from tolerax.inner.bounds import excess, growth, second_growth
 from tolerax.inner.estimates import largest_singular_value
 
 Scalar = Float[Array, ""]
@@ -26,9 +26,9 @@ class CrossBounds(eqx.Module):
     - `adjoint`: B1 >= `|F_x' w|_2` for all w with `w'Hw <= 1`.
     - `state`: B2 >= `|d/dy [grad_x J - F_x' q] e|_2` for all e with `e'He <= 1`.
     - `both`: B12 with `|(F_x(y + e) - F_x(y))' w|_2 <= B12 |e|_H |w|_H`.
-    - `third`: B3 with `|d2/dy2 [grad_x J - F_x' q] [e, v]|_2 <= B3 M |v|_2 |q|_H |e|_H` at every y,
-      with H = H(y) there and M the self-concordance: how fast what `state` bounds can change. 0
-      where F_x is at most linear in y and grad_x J does not depend on it.
+    - `third`: B3 with `|d2/dy2 [grad_x J - F_x' q] [e, v]|_2 <= B3 M |v|_2 |q|_H |e|_H` at every y'
+      with M |y' - y|_2 <= 1, for H = H(y') and M the self-concordance: how fast what `state`
+      bounds can change. 0 where F_x is at most linear in y and grad_x J does not depend on it.
     """
 
     adjoint: Scalar
@@ -64,9 +64,9 @@ def energy_errors(
     - third order: D^3 h[e, q, w] is at most M |e|_2 |q|_H |w|_H and at most M |q|_2 |e|_H |w|_H in
       the Hessian where it is taken, which is at most exp(a) H. With c = min(a |q|_H, M |q|_2 t)
       hence `|(H* - H) q|_{H^-1} <= c (exp(a) - 1) / a` and, with G the mean Hessian over the
-      segment, `|q'(H - G) e| <= c t excess(a) / a`. The second form of c needs no bound on |e|_2;
+      segment, `|q'(H - G) e| <= c t (exp(a) - 1 - a) / a^2`;
     - value: `J(y) - q'r - f = s'e + q'(H - G)e - R` with s = grad J - H q and |R| <= A t^2 / 2,
-      hence at most sigma t + c t excess(a) / a + A t^2 / 2;
+      hence at most sigma t + c t (exp(a) - 1 - a) / a^2 + A t^2 / 2;
     - adjoint: H*(q - q*) = grad J(y) - grad J(y*) - s + (H* - H) q with H* >= exp(-a) H, hence
       |q - q*|_H <= exp(a) (sigma + A t + c (exp(a) - 1) / a);
     - gradient: z - grad phi is the change of grad_x J - F_x' q from y* to y, at most
@@ -74,12 +74,13 @@ def energy_errors(
     """
     t, a = distance, exponent
     change = jnp.minimum(_times(a, q_norm), q_bend * t)
-    half = jnp.where(a > 0, excess(a) / jnp.where(a > 0, a, 1), 0.5)
-    value = adjoint_error * t + _times(half, change * t) + 0.5 * smoothness * t * t
+    curved = _times(second_growth(a), change * t)
+    value = adjoint_error * t + curved + 0.5 * smoothness * t * t
     from_state = _times(jnp.exp(a), smoothness * t + _times(growth(a), change))
     from_adjoint = _times(jnp.exp(a), adjoint_error)
     factor = cross.adjoint + cross.both * t
     third = _times(jnp.asarray(cross.third, t.dtype), q_norm * t)
+    third = jnp.where((third > 0) & (a > 1), jnp.inf, third)
     direct = cross.state * t + _times(excess(a), third)
     return Errors(value, direct + _times(factor, from_state), _times(factor, from_adjoint))
 

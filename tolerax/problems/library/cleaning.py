@@ -41,6 +41,8 @@ class CleaningCross(eqx.Module):
       ridge I ≤ H, elsewhere: F_xF_xᵀ ≤ max(τ², λ_max(Σ cᵢ²‖gᵢ‖² aᵢaᵢᵀ)/ridge) H. Take the best τ.
     - `state`: d/dy[F_xᵀq] e = (cᵢ Cov(Qᵀaᵢ, Eᵀaᵢ))ᵢ, and Cov² ≤ Var Var, the second part of H.
     - `both`: Cov ≤ ½‖Eᵀaᵢ‖‖Wᵀaᵢ‖ whatever p, then ridge I ≤ H twice.
+    - `third`: the change of that covariance along V is a third cumulant, at most M‖V‖ times both
+      standard deviations, and cᵢ² = (1 − σᵢ)² (σᵢ/n)²: max (1 − σᵢ).
     """
 
     samples: Samples
@@ -73,6 +75,7 @@ class CleaningCross(eqx.Module):
             adjoint=jnp.sqrt(jnp.min(jax.lax.map(bound, thresholds))),
             state=jnp.sqrt(jnp.max(weight * rest**2 * variance) / n),
             both=0.5 * jnp.sqrt(pairs) / self.ridge,
+            third=jnp.max(rest),
         )
 
 

@@ -86,6 +86,7 @@ def expert_cross(y: Pictures, q: Pictures, x: Experts) -> CrossBounds:
     - `state`: rows of d/dy[F_xᵀq] e: (B_k q)·(B_k e) for log w_k; the same with 2 − 3k between for
       log ν_k; w_k (φ'' C_k q)·S_j e + w_k (φ'' S_j q + φ''' (C_k q) S_j y)·C_k e for c_kj.
     - `both`: φ'' ≤ 1/ν and |φ'''| ≤ (3/2)(4/5)^{5/2}/ν² everywhere, then I ≤ H.
+    - `third`: see `_third`.
     """
     filters, weights, nu = _parts(x)
     w, width = _each(weights), filters.shape[-1]
@@ -137,7 +138,33 @@ def expert_cross(y: Pictures, q: Pictures, x: Experts) -> CrossBounds:
         adjoint=jnp.sqrt(scalars + shifts),
         state=jnp.sqrt(state + moved),
         both=jnp.sqrt(both),
+        third=_third(x, patch),
     )
+
+
+def _third(x: Experts, patch: Float[Array, ""]) -> Float[Array, ""]:
+    """B3 of [`expert_cross`][]: third derivatives of ∂h/∂x along q, e and v, in units of M|v|.
+
+    M = κ/(1 + κ) max m_k with m_k = 3‖c_k‖₂/2ν_k, and |e|_B² = Σ |B_k e|² is at most
+    κ/(1 + κ) |e|_H². With |φ'''| ≤ (3/2ν) φ'', |φ''''| ≤ (3/ν²) φ'' and |C_k v| ≤ ‖c_k‖₂|v|:
+
+        log w_k, all of them, and the global one    m |v| |q|_B |e|_B, once each
+        log ν_k, as ν ∂φ/∂ν = ν²/s                  2.4229/1.5 of that: (9r − 6r³)/s⁴ for ν = 1
+        c_kj: φ'''' S_j y' along q, e, v            (3/ν²) ‖c‖ |P(y')| |v| |q|_B |e|_B
+              φ''' S_j v along q, e                 (3/2ν) |v| |q|_B |e|_B
+              φ''' S_j e along q, v and the like     m √(w/ν) width |v| |q|_B |e|₂, twice
+
+    where a patch of y' is at most one of y and |y' − y|₂ ≤ 1/M.
+    """
+    filters, weights, nu = _parts(x)
+    size = jnp.sqrt(jnp.sum(filters**2, axis=(1, 2)))
+    steepest, kappa = jnp.max(1.5 * size / nu), jnp.sum(_gain(x))
+    patch = patch + (1 + kappa) / (kappa * steepest)
+    fourth = 3 * jnp.max(size / nu**2) / steepest * patch
+    direct = jnp.max(1.5 / nu) / steepest
+    mixed = jnp.max(1.5 * size / nu * jnp.sqrt(weights / nu)) / steepest
+    mixed = filters.shape[-1] * mixed * jnp.sqrt((1 + kappa) / kappa)
+    return jnp.sqrt(2 + (2.4229 / 1.5) ** 2 + (fourth + direct + 2 * mixed) ** 2)
 
 
 def cosine_filters(filters: int, width: int) -> np.ndarray:

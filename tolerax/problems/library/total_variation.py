@@ -76,6 +76,9 @@ def tv_cross(y: Pictures, q: Pictures, x: Parameters) -> CrossBounds:
     - `state`: d/dy[F₀ᵀq] = BᵀBq and d/dy[F₁ᵀq] = BᵀCBq, where C is 2 − 3k along ∇y and −k across;
       the share 4e/(1 + 4e) goes into z, e being the eigenvalue of wQ: wk/s along and w/s across.
     - `both`: every d/dy F_j is at most 8w/ν in norm, at any y, and I ≤ H.
+    - `third`: the columns come from φ and ν ∂φ/∂ν = ν²/s. Third derivatives of φ are at most 3/(2ν)
+      times D²φ; of the vector of both they are at most 2.6846/ν times (by search over the one
+      length that matters, ν = 1, and both angles): 1.79 of what M is made of.
     """
     weight, nu = jnp.exp(x)
     v, p = differences(y), differences(q)
@@ -111,7 +114,8 @@ def tv_cross(y: Pictures, q: Pictures, x: Parameters) -> CrossBounds:
             jnp.sum(c_along**2 * z_along + c_across**2 * z_across),
         ),
     )
-    return CrossBounds(adjoint=adjoint, state=state, both=jnp.sqrt(2.0) * 8 * weight / nu)
+    both = jnp.sqrt(2.0) * 8 * weight / nu
+    return CrossBounds(adjoint=adjoint, state=state, both=both, third=jnp.full_like(both, 1.8))
 
 
 def _norm_of_two(
