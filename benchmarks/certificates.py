@@ -16,7 +16,7 @@ from benchmarks.frame import Bar, Group, Measured, Settings
 from benchmarks.reference import Dense
 from benchmarks.runs import Told, record
 
-P0_COST, P1_COST = 200, 2000
+P0_COST, P1_COST = 500, 2_000
 
 
 class Check(NamedTuple):

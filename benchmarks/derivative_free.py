@@ -56,7 +56,7 @@ def running_best(trace: list[Evaluated], ready: Denoising) -> list[Evaluated]:
 
 def compare(seed: int, settings: Settings) -> tuple[float, dict]:
     """Lower iterations to DFO-LS's final loss, ours over DFO-LS's."""
-    ready = tv_denoising(seed, size=48 if settings.quick else 96)
+    ready = tv_denoising(seed, *((32, 4) if settings.quick else (96, 10)))
     loss = Loss(ready.problem)
     peer = running_best(run_dfols(ready, ACCURACY, RADIUS, 40 if settings.quick else 100), ready)
     start, final = loss(ready.x0), loss(jnp.asarray(peer[-1].x))
