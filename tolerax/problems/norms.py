@@ -10,7 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from tolerax.inner.bounds import excess, growth, second_growth
 from tolerax.inner.estimates import largest_singular_value
@@ -34,7 +34,16 @@ class CrossBounds(eqx.Module):
     adjoint: Scalar
     state: Scalar
     both: Scalar
-    third: Scalar | float = 0.0
+    third: Scalar
+
+    def __init__(
+        self, adjoint: ArrayLike, state: ArrayLike, both: ArrayLike, third: ArrayLike = 0.0
+    ):
+        dtype = jnp.result_type(adjoint, state, both)
+        self.adjoint = jnp.asarray(adjoint, dtype)
+        self.state = jnp.asarray(state, dtype)
+        self.both = jnp.asarray(both, dtype)
+        self.third = jnp.asarray(third, dtype)
 
 
 class Errors(eqx.Module):
@@ -79,7 +88,7 @@ def energy_errors(
     from_state = _times(jnp.exp(a), smoothness * t + _times(growth(a), change))
     from_adjoint = _times(jnp.exp(a), adjoint_error)
     factor = cross.adjoint + cross.both * t
-    third = _times(jnp.asarray(cross.third, t.dtype), q_norm * t)
+    third = _times(cross.third, q_norm * t)
     third = jnp.where((third > 0) & (a > 1), jnp.inf, third)
     direct = cross.state * t + _times(excess(a), third)
     return Errors(value, direct + _times(factor, from_state), _times(factor, from_adjoint))
