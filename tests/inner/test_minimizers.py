@@ -1,8 +1,9 @@
 """Lower-level solvers: what they certify is true, and they say so when they cannot.
 
 Why a Newton step certifies its end: with H d = -r + rho the gradient at y + d is -rho + (G - H)d,
-G being the mean Hessian over the step. |rho|_{H^-1} is the error of CG in the energy norm, (G - H)d
-is at most excess(M|d|) |d|_H, and H(y + d) >= exp(-M|d|) H carries the sum over to the norm at y + d.
+G being the mean Hessian over the step. |rho|_{H^-1} is the error of CG in the energy norm,
+(G - H)d is at most excess(M|d|) |d|_H, and H(y + d) >= exp(-M|d|) H carries the sum over to the
+norm at y + d.
 """
 
 import equinox as eqx
