@@ -136,6 +136,10 @@ def given_problem(
     )
 
 
+class NotAPairError(TypeError):
+    """A function said to return value and gradient does not."""
+
+
 class Function(eqx.Module):
     """`fun(x, *args)` as a function of x; as in SciPy, values of size 1 count as scalars."""
 
@@ -150,9 +154,8 @@ class Function(eqx.Module):
         try:
             value, gradient = out
         except (TypeError, ValueError) as error:
-            raise TypeError(
-                "jac is True, so fun must return (value, gradient), but it returned "
-                f"{type(out).__name__}."
+            raise NotAPairError(
+                "jac is True, so fun must return (value, gradient), but it does not."
             ) from error
         return _scalar(value), _fitted(gradient, x)
 
@@ -252,6 +255,8 @@ def _why_not_traceable(fun: Callable, x: np.ndarray) -> Exception | None:
             # A new function each time: JAX remembers the program of one that it has seen.
             program = jax.make_jaxpr(lambda x: traced(x))(jnp.asarray(x))
             programs.append((str(program.jaxpr), [np.asarray(c) for c in program.consts]))
+    except NotAPairError:
+        raise
     except Exception as error:
         return error
     if any(ignores_x):

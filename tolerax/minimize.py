@@ -100,7 +100,8 @@ def minimize(
     - `fun`: `fun(x, *args) -> float` with x of shape `(n,)`; or one of the problems of this
       library, then x0 may be any pytree of float arrays. A function that JAX can trace is compiled
       and differentiated; for that it is called with abstract values. Any other function is called
-      as Python code with NumPy arrays and needs `jac`.
+      as Python code with NumPy arrays and needs `jac`. Compiling takes a second or two for each new
+      function object: define it once, and pass what changes in `args`.
     - `x0`: the start. Integers are cast; a point outside `bounds` is moved inside, with a warning.
     - `args`: further arguments of `fun` and `jac`; a single one may stand without its tuple.
     - `method`: `"line-search"` (default), `"steepest-descent"`, `"maid"`, `"hoag"`, or a solver of

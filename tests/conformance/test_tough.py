@@ -16,7 +16,7 @@ from tests.conformance.registry import SOLVERS
 from tolerax.minimize import CODES
 
 SEEDS = 100
-POINTS = 40
+POINTS = 30
 every_solver = pytest.mark.parametrize("entry", SOLVERS, ids=str)
 
 
