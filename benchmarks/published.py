@@ -18,110 +18,115 @@ from benchmarks.runs import Loss, Told, first_below, record
 from tolerax.inner import LBFGS
 from tolerax.problems.library import Denoising, LibraryProblem
 
-SCHEDULES: Mapping[str, Callable[[], tolerax.HOAG]] = {
-    "0.9^k": lambda: tolerax.HOAG(schedule="geometric", decay=0.9),
-    "1/k^2": lambda: tolerax.HOAG(schedule="power", power=2.0),
-    "1/k^3": lambda: tolerax.HOAG(schedule="power", power=3.0),
-}
-MAID_STEPS = (1.0, 100.0)
 # Units that every method may spend (P1: in a full run, in a quick one).
 P1_COST, P3_COST = (20_000, 5_000), 5_000
 
 
-class Reached(NamedTuple):
-    """The best loss of a run, the total cost when it was first reached, and where."""
+class Peer(NamedTuple):
+    """A solver, and whether it sees the problem as HOAG and MAID were published to see it."""
+
+    solver: tolerax.Solver
+    published: bool = True
+
+
+HOAG = {
+    "HOAG 0.9^k": Peer(tolerax.HOAG(schedule="geometric", decay=0.9)),
+    "HOAG 1/k^2": Peer(tolerax.HOAG(schedule="power", power=2.0)),
+    "HOAG 1/k^3": Peer(tolerax.HOAG(schedule="power", power=3.0)),
+}
+MAID = {f"MAID {step:g}": Peer(tolerax.MAID(first_step=step)) for step in (1.0, 100.0)}
+
+
+def fixed() -> dict[str, Peer]:
+    """Our line search at tolerances that never change, on our own bounds."""
+    return {
+        f"fixed {t:g}": Peer(
+            tolerax.InexactLineSearch(accuracy=tolerax.Accuracy(t, t), adaptive=False),
+            published=False,
+        )
+        for t in (1e-1, 1e-3, 1e-5)
+    }
+
+
+class Rival(NamedTuple):
+    """What a peer reached: its best loss and where, its cost to within a thousandth of what it
+    gained, and our cost to the same loss."""
 
     loss: float
-    cost: int
     x: PyTree
+    cost: float
+    ours: float
 
 
-def best_of(answers: Sequence[Told], loss: Loss, checkpoints: int = 25) -> Reached:
-    """The lowest true loss among points of a run: its best point at the end, and points at evenly
-    spaced costs (the loss of a method without a descent test may rise on the way)."""
+class Comparison(NamedTuple):
+    """One seed: every peer by name, our last point, and the loss."""
+
+    rivals: dict[str, Rival]
+    x: PyTree
+    loss: Loss
+
+    def ratio(self, family: str) -> float:
+        """Our cost over its own of the family's member with the lowest loss."""
+        members = [one for name, one in self.rivals.items() if name.startswith(family)]
+        best = min(members, key=lambda one: one.loss)
+        return best.ours / best.cost
+
+    def detail(self) -> dict[str, Any]:
+        """What lies behind the ratios."""
+        return {k: (v.loss, v.cost, v.ours) for k, v in self.rivals.items()}
+
+
+def points_of(answers: Sequence[Told], checkpoints: int = 25) -> list[tuple[int, PyTree]]:
+    """Points of a run with their costs, at evenly spaced costs (the loss of a method without a
+    descent test may rise on the way), and its best point at the end."""
     costs = np.array([told.cost for told in answers])
     rows = {int(np.searchsorted(costs, c)) for c in np.linspace(0, costs[-1], checkpoints)}
-    found = [Reached(loss(answers[row].x), answers[row].cost, answers[row].x) for row in rows]
-    end = answers[-1]
-    found.append(Reached(loss(end.best_x), end.cost, end.best_x))
-    return min(found, key=lambda one: (one.loss, one.cost))
-
-
-def cost_to(answers: Sequence[Told], loss: Loss, target: float) -> float:
-    """Our cost until the best point so far has a true loss of at most `target`. Certified values
-    find the answer to within their error; the true loss then decides."""
-    cost = first_below(
-        [told.cost for told in answers], [told.best_x for told in answers], loss, target
-    )
-    return float("inf") if cost is None else float(cost)
-
-
-def published(make: Callable[..., LibraryProblem], seed: int) -> LibraryProblem:
-    """A problem as HOAG and MAID were published to see it."""
-    return make(seed, norm="euclidean", lower_solver=LBFGS())
+    found = [(answers[row].cost, answers[row].x) for row in sorted(rows)]
+    return [*found, (answers[-1].cost, answers[-1].best_x)]
 
 
 def versus(
     make: Callable[..., LibraryProblem],
-    peers: Mapping[str, Callable[[], tolerax.Solver]],
+    peers: Mapping[str, Peer],
     seed: int,
     cost: int,
     settings: Settings,
-) -> dict[str, Any]:
-    """Our run and the peers' best losses, with our costs to reach each of them."""
-    ours, theirs = make(seed), published(make, seed)
+) -> Comparison:
+    """Our run beside those of the peers."""
+    ours = make(seed)
+    theirs = make(seed, norm="euclidean", lower_solver=LBFGS())
     loss = Loss(ours.problem)
     start = loss(ours.x0)
-    reached = {}
-    for name, peer in peers.items():
-        reached[name] = best_of(record(theirs.problem, peer(), theirs.x0, cost), loss)
-        settings.tell(f"   seed {seed} {name}: {reached[name].loss:.5g} at {reached[name].cost}")
     answers = record(ours.problem, tolerax.InexactLineSearch(), ours.x0, cost)
-    costs = {}
-    for name, (value, _, _) in reached.items():
-        # Reached up to a thousandth of what the peer has gained, the same for both.
-        costs[name] = cost_to(answers, loss, value + 1e-3 * (start - value))
-        settings.tell(f"   seed {seed} ours to {name}: {costs[name]:g}")
-    return {"start": start, "peers": reached, "costs": costs, "loss": loss, "answers": answers}
-
-
-def hoag() -> dict[str, Callable[[], tolerax.Solver]]:
-    """HOAG on its three schedules."""
-    return {f"HOAG {name}": make for name, make in SCHEDULES.items()}
-
-
-def maid() -> dict[str, Callable[[], tolerax.Solver]]:
-    """MAID from two first steps; the better one counts."""
-    return {f"MAID {a:g}": lambda a=a: tolerax.MAID(first_step=a) for a in MAID_STEPS}
-
-
-def ratio_to_best(result: Mapping[str, Any], family: str) -> float:
-    """Our cost to the family's best final loss, over that member's cost."""
-    members = {k: v for k, v in result["peers"].items() if k.startswith(family)}
-    best = min(members, key=lambda name: members[name].loss)
-    return result["costs"][best] / members[best].cost
+    rivals = {}
+    for name, peer in peers.items():
+        problem = theirs.problem if peer.published else ours.problem
+        points = points_of(record(problem, peer.solver, ours.x0, cost))
+        lowest, x = min(((loss(x), x) for _, x in points), key=lambda one: one[0])
+        target = lowest + 1e-3 * (start - lowest)
+        their_cost = next(spent for spent, x in points if loss(x) <= target)
+        our_cost = first_below(
+            [told.cost for told in answers], [told.best_x for told in answers], loss, target
+        )
+        reached = float("inf") if our_cost is None else our_cost
+        rivals[name] = Rival(lowest, x, their_cost, reached)
+        settings.tell(f"   seed {seed} {name}: {lowest:.5g} at {their_cost}, ours at {reached:g}")
+    return Comparison(rivals, answers[-1].best_x, loss)
 
 
 def measure_p1(settings: Settings) -> dict[str, Measured]:
     """P1 against both."""
     from tolerax.problems.library import digits_penalties
 
+    peers = HOAG | MAID | ({} if settings.quick else fixed())
     rows = [
-        versus(digits_penalties, hoag() | maid(), seed, P1_COST[settings.quick], settings)
+        versus(digits_penalties, peers, seed, P1_COST[settings.quick], settings)
         for seed in settings.seeds
     ]
-    detail = [
-        {
-            "peers": {name: (peer.loss, peer.cost) for name, peer in row["peers"].items()},
-            "costs": row["costs"],
-        }
-        for row in rows
-    ]
+    detail = {"rows": [row.detail() for row in rows]}
     return {
-        "p1_cost_vs_hoag": Measured(
-            [ratio_to_best(row, "HOAG") for row in rows], detail={"rows": detail}
-        ),
-        "p1_cost_vs_maid": Measured([ratio_to_best(row, "MAID") for row in rows]),
+        "p1_cost_vs_hoag": Measured([row.ratio("HOAG") for row in rows], detail=detail),
+        "p1_cost_vs_maid": Measured([row.ratio("MAID") for row in rows]),
     }
 
 
@@ -134,14 +139,13 @@ def measure_p3(settings: Settings) -> dict[str, Measured]:
 
     ratios, gains, details = [], [], []
     for seed in settings.seeds:
-        result = versus(make, hoag(), seed, P3_COST, settings)
-        loss, best = result["loss"], min(result["peers"].values(), key=lambda one: one.loss)
-        theirs = float(make(seed).psnr(loss.solution(best.x)))
-        ours = float(make(seed).psnr(loss.solution(result["answers"][-1].best_x)))
+        row, ready = versus(make, HOAG, seed, P3_COST, settings), make(seed)
+        best = min(row.rivals.values(), key=lambda one: one.loss)
+        ours, theirs = (float(ready.psnr(row.loss.solution(x))) for x in (row.x, best.x))
         settings.tell(f"   seed {seed} p3: {ours:.2f} dB, best HOAG {theirs:.2f} dB")
-        ratios.append(ratio_to_best(result, "HOAG"))
+        ratios.append(row.ratio("HOAG"))
         gains.append(ours - theirs)
-        details.append({"costs": result["costs"], "psnr": ours, "peer_psnr": theirs})
+        details.append(row.detail() | {"psnr": ours, "peer_psnr": theirs})
     return {
         "p3_cost_vs_hoag": Measured(ratios, detail={"rows": details}),
         "p3_psnr_gain_db": Measured(gains),
