@@ -57,7 +57,7 @@ class Minimization(eqx.Module):
         if self.strong_convexity is None:
             # A fixed start vector with components along every direction.
             wave = jnp.cos(1.0 + jnp.arange(y.size, dtype=y.dtype))
-            estimates |= {"softest": wave}
+            estimates |= {"softest": wave, "least": jnp.full((), jnp.inf, y.dtype)}
         if self.self_concordance is None:
             estimates |= {"self_concordance": zero}
         if self.upper_smoothness is None:
@@ -78,6 +78,7 @@ class Minimization(eqx.Module):
             mixed = vector + 1e-2 * wave / jnp.linalg.norm(wave)
             estimates["softest"] = mixed
             tiny = jnp.finfo(y.dtype).tiny
+            value = jnp.minimum(value, estimates["least"])
             lower_bound = jnp.full_like(y, jnp.maximum(0.5 * value, tiny))
             products += min(LANCZOS_STEPS, y.size)
         else:
@@ -115,6 +116,17 @@ class Minimization(eqx.Module):
             wrong = wrong | (third > 1.1 * known.self_concordance + 1e-6)
         return wrong
 
+    def correction(self, curvature: Scalar, known: Known) -> tuple[Scalar, dict[str, Array]]:
+        """What errors have to be multiplied by when an estimate of the strong convexity turned out
+        too large on the way (they go with its inverse root), and the curvature to begin with next
+        time."""
+        if self.strong_convexity is not None:
+            return jnp.ones_like(curvature), {}
+        share = jnp.clip(curvature, 1e-6, 1.0)
+        least = share * jnp.min(known.lower_bound)
+        forget = jnp.maximum(1.2 * known.estimates["least"], least)
+        return 1 / jnp.sqrt(share), {"least": jnp.where(curvature < 0.99, least, forget)}
+
     def solve_transpose(
         self, at: Fixed, known: Known, y: Vector, b: Vector, tolerance: Scalar
     ) -> LinearResult:
@@ -150,17 +162,22 @@ class Minimization(eqx.Module):
         wrong = self.contradiction(solve.curvature, jnp.zeros((), y.dtype), known)
         # A solve that ends before its limit without an answer has met rounding.
         floored = (solve.iterations < self.adjoint_solver.max_steps) & jnp.isfinite(solve.error)
+        factor, seen = self.correction(solve.curvature, known)
         status = PointStatus.where(floored, PointStatus.floor, PointStatus.inaccurate)
         status = PointStatus.where(solve.converged, PointStatus.ok, status)
+        status = PointStatus.where(factor > 1, PointStatus.inaccurate, status)
         status = PointStatus.where(wrong, PointStatus.contradicted, status)
         work = Work(hessian_products=solve.products, linear_iterations=solve.iterations)
-        zero = jnp.zeros((), y.dtype)
-        return solve, Solved(solve.x, solve.residual, solve.error, zero, work, status, {})
+        zero, error = jnp.zeros((), y.dtype), factor * solve.error
+        return solve, Solved(solve.x, solve.residual, error, zero, work, status, seen)
 
     def _state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar) -> Solved:
         solve = self.state_solver(self.smooth(at, known), y, tolerance)
         wrong = self.contradiction(solve.curvature, solve.third, known)
-        status = PointStatus.where(wrong, PointStatus.contradicted, solve.status)
+        factor, seen = self.correction(solve.curvature, known)
+        missed = (solve.status == PointStatus.ok) & (factor > 1)
+        status = PointStatus.where(missed, PointStatus.inaccurate, solve.status)
+        status = PointStatus.where(wrong, PointStatus.contradicted, status)
         work = known.work + Work(
             lower_gradients=solve.gradients,
             hessian_products=solve.products,
@@ -170,11 +187,12 @@ class Minimization(eqx.Module):
         if self.self_concordance is None:
             m = estimates["self_concordance"]
             estimates["self_concordance"] = jnp.maximum(m, solve.third)
+        estimates |= seen
         return Solved(
             solve.y,
             solve.residual,
-            solve.distance,
-            solve.exponent,
+            factor * solve.distance,
+            factor * factor * solve.exponent,
             work,
             status,
             estimates,
@@ -238,7 +256,7 @@ class Energy(Minimization):
         hq = g_y - adjoint.residual
         qhq = jnp.maximum(jnp.dot(q, hq), 0)
         tiny = jnp.finfo(y.dtype).tiny
-        estimates, products = dict(state.estimates), 0
+        estimates, products = _merged(state.estimates, adjoint.estimates), 0
         if self.upper_smoothness is None:
             # q = H^-1 grad J is close to a power step for the relative curvature of J.
             gq = jax.jvp(jax.grad(at.cost), (y,), (q,))[1]
@@ -356,4 +374,10 @@ class Euclidean(Minimization):
         from_adjoint = (cross.adjoint + cross.both * eps) * adjoint.error / mu
         value = jnp.linalg.norm(g_y) * eps + 0.5 * l_g * eps * eps
         errors = Errors(value, from_state, from_adjoint)
-        return j, errors, dict(state.estimates), Work(hessian_products=products + 4)
+        estimates = _merged(state.estimates, adjoint.estimates)
+        return j, errors, estimates, Work(hessian_products=products + 4)
+
+
+def _merged(state: dict[str, Array], adjoint: dict[str, Array]) -> dict[str, Array]:
+    """The estimates of both solves: of two curvatures the smaller one."""
+    return state | {name: jnp.minimum(state[name], value) for name, value in adjoint.items()}
