@@ -106,3 +106,6 @@ SOLVERS = (
     ),
     Entry("hoag", HOAG, "hoag", statuses=DESCENT),
 )
+
+# One entry a class: for what depends on the code of a solver and not on its fields, and compiles.
+FAMILIES = tuple({type(entry.make()): entry for entry in reversed(SOLVERS)}.values())

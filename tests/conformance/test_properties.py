@@ -10,11 +10,11 @@ import pytest
 
 import tolerax
 from tests.conformance import zoo
-from tests.conformance.registry import SOLVERS
+from tests.conformance.registry import FAMILIES
 
 N = 3
 EPS = np.finfo(float).eps
-every_solver = pytest.mark.parametrize("entry", SOLVERS, ids=str)
+every_family = pytest.mark.parametrize("entry", FAMILIES, ids=str)
 
 
 class Quadratic(eqx.Module):
@@ -48,7 +48,7 @@ def solve(entry, d, c, start, lower, upper):
     return zoo.run(problem, entry.solver(), jnp.asarray(start))
 
 
-@every_solver
+@every_family
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(case=cases())
 def test_success_means_that_the_criterion_holds(entry, case):
@@ -67,7 +67,7 @@ def test_success_means_that_the_criterion_holds(entry, case):
     assert low - 100 * EPS * truth <= truth <= high + 100 * EPS * truth
 
 
-@every_solver
+@every_family
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(case=cases())
 def test_the_best_value_only_falls_and_is_returned(entry, case):
@@ -80,7 +80,7 @@ def test_the_best_value_only_falls_and_is_returned(entry, case):
     assert len(best) == int(solution.steps)
 
 
-@every_solver
+@every_family
 @hypothesis.settings(max_examples=15)
 @hypothesis.given(case=cases(), order=st.permutations(range(N)))
 def test_the_order_of_the_variables_does_not_matter(entry, case, order):

@@ -14,10 +14,11 @@ import pytest
 
 from tests.conformance import zoo
 from tests.conformance.killed import KILLED_AT, START, problem_to_kill
-from tests.conformance.registry import SOLVERS
+from tests.conformance.registry import FAMILIES, SOLVERS
 from tolerax.checkpoint import Checkpoint, CheckpointError
 
 every_solver = pytest.mark.parametrize("entry", SOLVERS, ids=str)
+every_family = pytest.mark.parametrize("entry", FAMILIES, ids=str)
 
 
 def assert_same_bits(one, other):
@@ -68,7 +69,7 @@ def test_stopping_keeps_the_best_point_and_can_be_continued(entry):
     assert_same_bits(whole, rest)
 
 
-@every_solver
+@every_family
 def test_max_steps_is_exact_and_the_rest_equals_one_long_run(entry):
     problem = zoo.objective("rosenbrock")
     start = jnp.array([-1.2, 1.0])
@@ -124,7 +125,7 @@ def test_checkpoints_continue_to_identical_bits(entry, tmp_path):
         zoo.run(other, entry.solver(), start, checkpoint=checkpoint)
 
 
-@every_solver
+@every_family
 def test_kill_9_loses_nothing(entry, tmp_path):
     command = [sys.executable, "-m", "tests.conformance.killed", entry.name, str(tmp_path / "run")]
     environment = os.environ | {"JAX_ENABLE_X64": "1"}

@@ -7,9 +7,10 @@ import pytest
 
 import tolerax
 from tests.conformance import zoo
-from tests.conformance.registry import SOLVERS
+from tests.conformance.registry import FAMILIES, SOLVERS
 
 every_solver = pytest.mark.parametrize("entry", SOLVERS, ids=str)
+every_family = pytest.mark.parametrize("entry", FAMILIES, ids=str)
 
 SOLVED = [(entry, name) for entry in SOLVERS for name in sorted(entry.solves)]
 # |gradient| <= 1e-6 + 1e-8 |gradient at x0| at the default tolerances, with a factor of 2 for the
@@ -87,7 +88,7 @@ def tree(x):
 CENTRES = np.array([1.0, -2.0, 0.5, 3.0, -1.0])
 
 
-@every_solver
+@every_family
 def test_takes_pytrees_with_scalars_and_matrices(entry):
     def fun(x):
         return jnp.sum(jnp.arange(1.0, 6.0) * (tree(x) - CENTRES) ** 2)
@@ -105,7 +106,7 @@ def test_takes_pytrees_with_scalars_and_matrices(entry):
     np.testing.assert_allclose(tree(solution.x), np.minimum(CENTRES, 2.0), atol=2e-6)
 
 
-@every_solver
+@every_family
 def test_a_batch_of_starts_equals_single_runs(entry):
     known = zoo.PROBLEMS["bounded"]
     problem, solver = zoo.objective(known.fun, known=known), entry.solver()
@@ -120,7 +121,7 @@ def test_a_batch_of_starts_equals_single_runs(entry):
         assert int(batch.work.points[i]) == int(single.work.points)
 
 
-@every_solver
+@every_family
 def test_float32_stays_float32_and_says_what_it_cannot_resolve(entry):
     start = jnp.asarray(zoo.START, jnp.float32)
     problem = jax.tree.map(
@@ -144,7 +145,7 @@ def test_starts_at_the_minimum(entry):
     assert int(solution.steps) <= 3
 
 
-@every_solver
+@every_family
 def test_honest_errors_are_resolved_and_the_truth_lies_within_them(entry):
     if "accuracy_floor" not in entry.statuses:
         pytest.skip("keeps to a schedule of tolerances")
