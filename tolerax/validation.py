@@ -60,9 +60,10 @@ def check_bounds(
         )
 
     def like_x(side: PyTree, which: str) -> PyTree:
-        if len(jax.tree.leaves(side)) == 1 and jnp.ndim(jax.tree.leaves(side)[0]) == 0:
-            scalar = jax.tree.leaves(side)[0]
-            return jax.tree.map(lambda x: jnp.full_like(x, scalar), x0)
+        if side is None:
+            raise ValueError(f"{name}: the {which} bound is None: use -inf or inf for no bound.")
+        if jax.tree_util.all_leaves([side]) and jnp.ndim(side) == 0:
+            return jax.tree.map(lambda x: jnp.full_like(x, side), x0)
         if jax.tree.structure(side) != jax.tree.structure(x0):
             raise ValueError(
                 f"{name}: the {which} bound has structure {jax.tree.structure(side)}, x0 has "
