@@ -34,7 +34,7 @@ def solve(
     key: PRNGKeyArray | None = None,
     max_steps: int = 1000,
     max_work: int | Mapping[str, int] | None = None,
-    max_seconds: float | None = None,
+    max_seconds: float | int | None = None,
     callback: Callable[[Step], Any] | None = None,
     progress: Any = None,
     checkpoint: Checkpoint | str | None = None,
