@@ -26,6 +26,7 @@ extensions = [
     "sphinx-mathjax-offline",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
+    "generated_tables",
     "markdown_docstrings",
     "offline",
 ]

@@ -53,8 +53,8 @@ print(solution.summary())
 # %%
 # The test samples were used for nothing else:
 
-start = digits.problem.oracle.solve_state(digits.x0, 1e-4)[0]
-learned = digits.problem.oracle.solve_state(solution.x, 1e-4)[0]
+start = digits.problem.solution(digits.x0, tolerax.Accuracy(1e-4, 1e-4))
+learned = digits.problem.solution(solution.x, tolerax.Accuracy(1e-4, 1e-4))
 for name, weights in {"start": start, "learned": learned}.items():
     accuracy, loss = float(digits.accuracy(weights)), float(digits.test_loss(weights))
     print(f"{name:8} test accuracy {accuracy:.1%}, test loss {loss:.3f}")

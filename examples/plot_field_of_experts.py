@@ -72,7 +72,7 @@ tv_solution = tolerax.solve(tv.problem, tolerax.InexactLineSearch(rtol=1e-2), tv
 
 def denoise(data, x):
     """The pictures denoised with the parameters x."""
-    return data.problem.oracle.solve_state(x, 1e-2)[0]
+    return data.problem.solution(x, tolerax.Accuracy(1e-2, 1e-2))
 
 
 def psnr(data, pictures):

@@ -45,7 +45,7 @@ print(solution.summary())
 
 def train(x):
     """The classifier trained with the weights sigmoid(x)."""
-    return cleaning.problem.oracle.solve_state(x, 1e-4)[0]
+    return cleaning.problem.solution(x, tolerax.Accuracy(1e-4, 1e-4))
 
 
 told = jnp.where(cleaning.flipped, -30.0, 30.0)

@@ -68,7 +68,7 @@ test = tv_denoising(seed=8, size=144)
 
 def denoise(data, x):
     """The pictures denoised with the parameters x."""
-    return data.problem.oracle.solve_state(x, 1e-2)[0]
+    return data.problem.solution(x, tolerax.Accuracy(1e-2, 1e-2))
 
 
 def versions(data):

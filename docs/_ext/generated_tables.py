@@ -1,0 +1,94 @@
+"""Tables that cannot rot: statuses from their enumerations, figures from benchmarks/results."""
+
+import importlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from tolerax.minimize import CODES
+from tolerax.status import PointStatus, Status
+
+ROOT = Path(__file__).parents[2]
+
+
+def messages(enumeration: Any) -> dict[str, str]:
+    """Names and messages of an Equinox enumeration, in the order of the source."""
+    return {name: enumeration[item] for name, item in enumeration._name_to_item.items()}
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """A Markdown table."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+class Generated(SphinxDirective):
+    """A directive whose Markdown is made here."""
+
+    optional_arguments = 1
+
+    def lines(self) -> list[str]:
+        raise NotImplementedError
+
+    def run(self) -> list[nodes.Node]:
+        node = nodes.Element()
+        self.state.nested_parse(StringList(self.lines(), "generated"), self.content_offset, node)
+        return node.children
+
+
+class StatusTable(Generated):
+    """Every `Status` with its code in `minimize` and its message."""
+
+    def lines(self) -> list[str]:
+        rows = ((f"`{n}`", str(CODES.get(n, "")), text) for n, text in messages(Status).items())
+        return table(("status", "code", "what it means, and what to do"), rows)
+
+
+class PointStatusTable(Generated):
+    """Every `PointStatus` with its message."""
+
+    def lines(self) -> list[str]:
+        rows = ((f"`{n}`", text or "As asked for.") for n, text in messages(PointStatus).items())
+        return table(("status", "what it means"), rows)
+
+
+class Figures(Generated):
+    """The figures of a benchmark, `{figures} NAME`, from what its last saved run wrote."""
+
+    def lines(self) -> list[str]:
+        name = self.arguments[0]
+        path = ROOT / "benchmarks/results" / f"{name}.json"
+        self.env.note_dependency(str(path))
+        if not path.exists():
+            return [f"*No saved run yet: `python -m benchmarks {name} --save` makes one.*"]
+        result = json.loads(path.read_text())
+        groups = importlib.import_module(f"benchmarks.{name}").GROUPS
+        rows = []
+        for bar in (bar for group in groups for bar in group.bars):
+            value = result["figures"].get(bar.name)
+            samples = result["details"].get(bar.name, {}).get("samples", [])
+            spread = f"{min(samples):.3g} … {max(samples):.3g}" if len(samples) > 1 else ""
+            shown = "not measured" if value is None else f"{value:.3g}"
+            verdict = f"**{shown}**" if bar.met(value) else f"{shown} (missed)"
+            goal = f"{'≤' if bar.sense == '<=' else '≥'} {bar.limit:g}"
+            rows.append((f"`{bar.name}`", verdict, goal, spread, bar.meaning))
+        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+        seeds = ", ".join(map(str, result["seeds"]))
+        return [
+            *table(("figure", "measured", "bar", "range over seeds", "what it is"), rows),
+            "",
+            f"Median over seeds {seeds}; {versions}.",
+        ]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_directive("status-table", StatusTable)
+    app.add_directive("point-status-table", PointStatusTable)
+    app.add_directive("figures", Figures)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
