@@ -152,8 +152,9 @@ def _central(line: _Line, value: float, precision: float) -> Difference:
     if flat:
         # Nothing changed anywhere: the values may be as coarse as their own size.
         return Difference(gradient, max(1.0, abs(value)) / width, line.calls)
-    # A short step along all variables together: what the parabolas do not foresee is noise.
-    short = np.sqrt(precision) * scale
+    # A short step along all variables together: what the parabolas do not foresee is noise. Its
+    # lengths are irregular, so that the changes of symmetric functions do not cancel.
+    short = np.sqrt(precision) * scale * (0.5 + 0.5 * (0.618 * np.arange(n) % 1))
     signs = np.array([_sides(i, line, short[i])[0] for i in range(n)])
     fits = np.where(signs > 0, line.room[1], line.room[-1]) >= short
     moved = x + np.where(moves & fits, signs * short, 0).astype(x.dtype)

@@ -209,14 +209,14 @@ class Objective(Problem):
             # Only the shapes are wanted.
             x = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), query.x)
             count = 1 if query.mask is None else query.mask.shape[0]
-            first = x if one else jax.tree.map(lambda leaf: leaf[0], x)
+            first = x if one else jax.tree.map(lambda leaf: np.asarray(leaf[0]), x)
             return self._assemble([failed(first, query.derivatives)] * count, first, one)
         x = jax.tree.map(np.asarray, query.x)
         if query.mask is None:
             points, mask = [x], [True]
         else:
             mask = np.asarray(query.mask)
-            points = [jax.tree.map(lambda leaf, i=i: leaf[i], x) for i in range(len(mask))]
+            points = [jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), x) for i in range(len(mask))]
         wanted = Wanted(
             self.gradient,
             query.derivatives,
