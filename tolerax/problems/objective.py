@@ -216,7 +216,9 @@ class Objective(Problem):
             points, mask = [x], [True]
         else:
             mask = np.asarray(query.mask)
-            points = [jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), x) for i in range(len(mask))]
+            points = [
+                jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), x) for i in range(len(mask))
+            ]
         wanted = Wanted(
             self.gradient,
             query.derivatives,
