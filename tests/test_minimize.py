@@ -523,7 +523,7 @@ def test_problems_of_the_library_are_minimized_on_their_trees():
     assert result.x["b"].dtype == np.float64
     # A third as float32 knows it, but found in float64.
     np.testing.assert_allclose(result.x["b"], [2.0, float(np.float32(1 / 3))], atol=1e-6)
-    bounded = tolerax.minimize(problem, np.zeros(3), method="hoag", bounds=[(None, 0.5)] * 3)
+    bounded = tolerax.minimize(problem, [0, 0, 0.0], method="hoag", bounds=[(None, 0.5)] * 3)
     np.testing.assert_allclose(bounded.x, [0.5, 0.5, 1 / 3], atol=1e-6)
     own = Shifted(jnp.array([1.0, 2.0, 3.0]), bounds=(0.0, 1.5))
     with pytest.warns(OptimizeWarning, match="outside"):

@@ -40,6 +40,12 @@ def start_vector(x0: Any) -> np.ndarray:
     return np.atleast_1d(x)
 
 
+def listed_as_vector(x0: PyTree) -> PyTree:
+    """A list of numbers is what SciPy's users write for a vector; any other tree stays as it is."""
+    listed = isinstance(x0, list | tuple)
+    return start_vector(x0) if listed and all(np.isscalar(entry) for entry in x0) else x0
+
+
 def bound_vectors(bounds: Any, n: int) -> tuple[np.ndarray, np.ndarray] | None:
     """SciPy's bounds as a pair of vectors, or `None` when nothing is bounded."""
     if bounds is None:

@@ -24,6 +24,7 @@ from tolerax._scipy import (
     given_problem,
     in_float64,
     inside,
+    listed_as_vector,
     positive,
     start_vector,
 )
@@ -98,10 +99,10 @@ def minimize(
     **Arguments:**
 
     - `fun`: `fun(x, *args) -> float` with x of shape `(n,)`; or one of the problems of this
-      library, then x0 may be any pytree of float arrays. A function that JAX can trace is compiled
-      and differentiated; for that it is called with abstract values. Any other function is called
-      as Python code with NumPy arrays and needs `jac`. Compiling takes a second or two for each new
-      function object: define it once, and pass what changes in `args`.
+      library, then x0 may be any pytree of float arrays (a list of numbers is a vector). A function
+      that JAX can trace is compiled and differentiated; for that it is called with abstract values.
+      Any other function is called as Python code with NumPy arrays and needs `jac`. Compiling takes
+      a second or two for each new function object: define it once, and pass what changes in `args`.
     - `x0`: the start. Integers are cast; a point outside `bounds` is moved inside, with a warning.
     - `args`: further arguments of `fun` and `jac`; a single one may stand without its tuple.
     - `method`: `"line-search"` (default), `"steepest-descent"`, `"maid"`, `"hoag"`, or a solver of
@@ -212,7 +213,7 @@ def _minimize(
     with jax.enable_x64(True):
         on_error = options.pop("on_error", None)
         if isinstance(fun, Problem):
-            x = jax.tree.map(functools.partial(as_float64, name="x0"), x0)
+            x = jax.tree.map(functools.partial(as_float64, name="x0"), listed_as_vector(x0))
             problem, reason = given_problem(fun, x, args, jac, bounds, on_error), None
         else:
             x = start_vector(x0)
