@@ -134,7 +134,8 @@ class NewtonCG(Minimizer):
     self-concordance or by its own measured size. So the distance of the returned point is certified
     without a solve of its own.
 
-    - `forcing`: relative accuracy of a Newton step that is not the last.
+    - `forcing`: relative accuracy of a Newton step that is not the last; less where the function is
+      known to be almost quadratic, so that a quadratic takes one step.
     - `max_steps`, `max_cg_steps`: the most Newton steps and CG iterations a step.
     """
 
@@ -158,14 +159,14 @@ class NewtonCG(Minimizer):
             return (t > tolerance) & (step < self.max_steps) & (stuck < 2) & jnp.isfinite(h)
 
         def newton(state: tuple) -> tuple:
-            y, h, r, t, _, step, gradients, products, stuck, third, curvature, largest = state
+            y, h, r, t, a, step, gradients, products, stuck, third, curvature, largest = state
             operator = lower.hessian(y)
             solve = cg(
                 operator,
                 -r,
                 lower_bound=d_bound,
                 tolerance=0.5 * wanted,
-                relative=self.forcing,
+                relative=jnp.minimum(self.forcing, excess(a)),
                 preconditioner=lower.diagonal(y),
             )
             d, hd = solve.x, -r - solve.residual
