@@ -206,7 +206,7 @@ class NewtonCG(Minimizer):
             certain = full & (ratio > 0) & jnp.isfinite(ratio)
             seen = at_least(jnp.where(certain, ratio, 0)) / jnp.where(certain, d_norm, 1)
             third = jnp.maximum(third, seen)
-            floored = full & (dual + rounding <= 2 * (rounding + solve.rounding))
+            floored = full & (dual <= rounding)
             no_gain = (t_new > 0.5 * t) & full & (d_norm <= 1e3 * eps * (1 + jnp.linalg.norm(y)))
             return (
                 y + s * d,
