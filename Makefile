@@ -1,7 +1,8 @@
 # Every target sets up what it needs in $(VENV) first, once, and again when pyproject.toml changes.
 PYTHON ?= python3
 VENV   ?= .venv
-PYTEST_ARGS ?=
+# One test module at a time in each worker; PYTEST_ARGS="-n 0" runs them in one process.
+PYTEST_ARGS ?= -n logical --maxprocesses 8 --dist loadfile
 
 BIN    := $(VENV)/bin
 SMALL  := MPLBACKEND=Agg TOLERAX_EXAMPLE_SIZE=small
@@ -20,8 +21,8 @@ test: $(VENV)/with-dev             ## run the tests and the examples in the docs
 
 setup: $(VENV)/with-dev            ## only set up the environment, with everything for development
 
-examples: $(VENV)/with-dev         ## run every script of examples/ at small size
-	$(BIN)/python -m pytest -m example tests/test_examples.py $(PYTEST_ARGS)
+examples: $(VENV)/with-dev         ## run every script of examples/ at small size, and the guide
+	$(BIN)/python -m pytest -m example tests/test_examples.py tests/test_guide.py $(PYTEST_ARGS)
 
 lint: $(VENV)/with-dev             ## ruff: rules and format
 	$(BIN)/ruff check .

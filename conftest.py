@@ -3,8 +3,11 @@
 This file lies at the top so that `pytest tolerax/driver.py` (doctests) sees it too.
 """
 
+from collections.abc import Iterator
+
 import hypothesis
 import jax
+import pytest
 
 # The links at the top level show the same files again.
 collect_ignore = ["solvers", "problems"]
@@ -21,3 +24,11 @@ hypothesis.settings.load_profile("tolerax")
 # Import the package whole before pytest imports its modules one by one for their doctests,
 # which would otherwise make a second copy of those that the package itself imports.
 import tolerax  # noqa: E402, F401
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled() -> Iterator[None]:
+    """Compiled programs go when their module is done: each holds memory maps, of which a process
+    may have 65,530 on Linux, and XLA dies of the last one."""
+    yield
+    jax.clear_caches()

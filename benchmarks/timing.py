@@ -71,7 +71,7 @@ def measure_oracle(settings: Settings) -> dict[str, Measured]:
     the lower level, in turn; compilations when x, tolerances or warm starts change."""
     from tolerax.problems.library import tv_denoising
 
-    ready = tv_denoising(settings.seeds[0])
+    ready = tv_denoising(settings.seeds[0], 64 if settings.quick else 96)
     oracle = ready.problem.oracle
     gradient = eqx.filter_jit(lambda lower, y, x: jax.grad(lower)(y, x))
     evaluate = eqx.filter_jit(lambda problem, query: problem.evaluate(query))
