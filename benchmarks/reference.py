@@ -88,6 +88,9 @@ class Dense(NamedTuple):
         _, slope = _value_and_gradient(self.upper, y, x)
         adjoint = unravel(jnp.asarray(np.linalg.solve(hessian, np.asarray(ravel_pytree(slope)[0]))))
         value, _ = _value_and_gradient(self.upper, y, x)
+        _, force = _value_and_gradient(self.lower, y, x)
+        # The adjoint-corrected value is wrong by the square of the decrement only.
+        value = value - np.dot(ravel_pytree(adjoint)[0], ravel_pytree(force)[0])
         gradient = _hypergradient(self.upper, self.lower, y, x, adjoint)
         return Truth(float(value), gradient, y, decrement)
 
