@@ -177,6 +177,9 @@ ESTIMATED = {
     "self_concordance": None,
     "upper_smoothness": None,
     "cross": None,
+    # Sharper constants that some problems give.
+    "self_concordance_along": None,
+    "relative_smoothness": None,
 }
 
 
@@ -246,6 +249,13 @@ def test_a_quadratic_that_is_none_is_contradicted():
     solution = tolerax.solve(problem, tolerax.InexactLineSearch(), x, max_steps=50)
     assert solution.status == tolerax.Status.contradicted
     assert not solution.success
+
+
+def test_a_third_derivative_claimed_too_small_along_a_direction_is_contradicted():
+    slight = proved(lambda v, x: 1e-3 * jnp.max(jnp.abs(v)), because="of a slip")
+    problem = MAKE["penalties"](self_concordance_along=slight).problem
+    x = exact("penalties").problem.x0
+    assert outcome(ask(problem, x, 1e-6, 1e-6).status) == "contradicted"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -29,12 +29,19 @@ class Smooth(eqx.Module):
     - `lower_bound`: diagonal D with Hessian >= D everywhere.
     - `self_concordance`: M with `|D^3 h[u, u, v]| <= M |v|_2 u'Hu`; 0 for a quadratic.
     - `preconditioner(y)`: diagonal that resembles the Hessian, or `None`.
+    - `along(v)`: N(v) with `|D^3 h[u, u, v]| <= N(v) u'Hu`, sharper than M |v|_2, or `None`.
     """
 
     value: Callable[[Vector], Scalar]
     lower_bound: Vector
     self_concordance: Scalar
     preconditioner: Callable[[Vector], Vector] | None = None
+    along: Callable[[Vector], Scalar] | None = None
+
+    def bend(self, v: Vector) -> Scalar:
+        """How much the Hessian can change along v: H(y + v) is at most exp(bend) H(y)."""
+        by_length = self.self_concordance * jnp.linalg.norm(v)
+        return by_length if self.along is None else jnp.minimum(by_length, self.along(v))
 
     def value_and_gradient(self, y: Vector) -> tuple[Scalar, Vector]:
         """h(y) and its gradient."""
@@ -74,7 +81,8 @@ class LowerResult(eqx.Module):
     - `residual`: the gradient at `y`; `distance`: bound on `|y - y*|_H`; `exponent`: bound on
       `M |y - y*|_2`, which says how much the Hessian can change on the way to the solution.
     - `gradients`, `products`: work. `status`: a `PointStatus`.
-    - `third`: a lower bound on M, from how the gradient changed along Newton steps (0 if none).
+    - `third`: a lower bound on M, from how the gradient changed along Newton steps (0 if none);
+      `bent`: the same over what [`Smooth.bend`][] allows: above 1 it contradicts that.
     - `curvature`: bound on the smallest eigenvalue of D^-1 H seen: below 0.99 it contradicts D.
     - `rounding`: what rounding may have added to the residual, in the dual norm.
     """
@@ -87,6 +95,7 @@ class LowerResult(eqx.Module):
     products: Int[Array, ""]
     status: Any
     third: Scalar
+    bent: Scalar
     curvature: Scalar
     rounding: Scalar
 
@@ -144,7 +153,7 @@ class NewtonCG(Minimizer):
     max_cg_steps: int = 1000
 
     def __call__(self, lower: Smooth, y: Vector, tolerance: ArrayLike) -> LowerResult:
-        d_bound, m = lower.lower_bound, lower.self_concordance
+        d_bound = lower.lower_bound
         tolerance = jnp.asarray(tolerance, y.dtype)
         eps = jnp.finfo(y.dtype).eps
         count = jnp.result_type(int)
@@ -159,7 +168,8 @@ class NewtonCG(Minimizer):
             return (t > tolerance) & (step < self.max_steps) & (stuck < 2) & jnp.isfinite(h)
 
         def newton(state: tuple) -> tuple:
-            y, h, r, t, a, step, gradients, products, stuck, third, curvature, largest = state
+            y, h, r, t, a, step, gradients, products, stuck, third, bent, *seen = state
+            curvature, largest = seen
             operator = lower.hessian(y)
             solve = cg(
                 operator,
@@ -191,7 +201,7 @@ class NewtonCG(Minimizer):
             left = solve.residual  # -(r + H d)
             missed = r_new + left
             d_norm = jnp.linalg.norm(d)
-            b = m * d_norm
+            b = lower.bend(d)
             largest = jnp.maximum(largest, solve.largest)
             rounding = lower.rounding(y + s * d, largest)
             by_constant = excess(b) * jnp.sqrt(dhd)
@@ -200,12 +210,13 @@ class NewtonCG(Minimizer):
             # From the norm of H(y) to that of H(y + d).
             growth = jnp.where(dual > 0, jnp.exp(0.5 * b), 1)
             t_new, a_new = lower.distance(r_new, rounding, jnp.where(full, dual * growth, jnp.inf))
-            # d'(G - H)d <= excess(M |d|) d'Hd, with what rounding may have added taken off.
+            # d'(G - H)d <= excess(bend) d'Hd, with what rounding may have added taken off.
             noise = 8 * eps * largest * (jnp.linalg.norm(y) + d_norm) * d_norm
             ratio = (jnp.abs(jnp.dot(missed, d)) - noise) / jnp.where(dhd > 0, dhd, jnp.inf)
             certain = full & (ratio > 0) & jnp.isfinite(ratio)
-            seen = at_least(jnp.where(certain, ratio, 0)) / jnp.where(certain, d_norm, 1)
-            third = jnp.maximum(third, seen)
+            least = at_least(jnp.where(certain, ratio, 0))
+            third = jnp.maximum(third, least / jnp.where(certain, d_norm, 1))
+            bent = jnp.maximum(bent, jnp.where(certain, least / b, 0))
             floored = full & (dual <= rounding)
             no_gain = (t_new > 0.5 * t) & full & (d_norm <= 1e3 * eps * (1 + jnp.linalg.norm(y)))
             return (
@@ -219,14 +230,16 @@ class NewtonCG(Minimizer):
                 products + solve.products,
                 stuck + 2 * floored + (no_gain | (solve.error == jnp.inf)),
                 third,
+                bent,
                 jnp.minimum(curvature, solve.curvature),
                 largest,
             )
 
         zero = jnp.array(0, count)
         nothing = jnp.zeros((), y.dtype)
-        start = (y, h, r, t, a, zero, zero + 1, zero, zero, nothing, nothing + jnp.inf, largest)
-        y, h, r, t, a, _, gradients, products, stuck, third, curvature, largest = (
+        seen = (nothing, nothing, nothing + jnp.inf, largest)
+        start = (y, h, r, t, a, zero, zero + 1, zero, zero, *seen)
+        y, h, r, t, a, _, gradients, products, stuck, third, bent, curvature, largest = (
             jax.lax.while_loop(unfinished, newton, start)
         )
         finite = jnp.isfinite(h) & jnp.all(jnp.isfinite(r))
@@ -234,7 +247,9 @@ class NewtonCG(Minimizer):
         t = jnp.where(finite, t, jnp.inf)
         status = _outcome(t <= tolerance, stuck >= 2, finite)
         rounding = lower.rounding(y, largest)
-        return LowerResult(y, r, t, a, gradients, products, status, third, curvature, rounding)
+        return LowerResult(
+            y, r, t, a, gradients, products, status, third, bent, curvature, rounding
+        )
 
 
 class LBFGS(Minimizer):
@@ -365,6 +380,7 @@ def _from_gradient(
         gradients,
         zero,
         _outcome(t <= tolerance, stuck, finite),
+        jnp.zeros((), y.dtype),
         jnp.zeros((), y.dtype),
         jnp.full((), jnp.inf, y.dtype),
         rounding,

@@ -77,6 +77,11 @@ class Bilevel(Problem):
     - `self_concordance`: M with `|D^3 lower[u, u, v]| <= M |v|_2 u'Hu`, a number or a callable of
       x; 0 says that `lower` is quadratic in y.
     - `upper_smoothness`: Lipschitz constant of `grad_y upper` in y, a number or a callable of x.
+    - `self_concordance_along`: callable (v, x) -> N with `|D^3 lower[u, u, v]| <= N u'Hu` for that
+      v, where M |v|_2 is blunt: for a sum of losses of `a'y` it is a multiple of the largest
+      `|a'v|`.
+    - `relative_smoothness`: A with `Hess_yy upper <= A H` for all y, a number or a callable of x,
+      where the smoothness over mu is blunt.
     - `cross`: callable (y, q, x) -> [`CrossBounds`][] on the derivative of `grad_y lower` in x.
     - `bounds`: pair of pytrees like x, or scalars.
     - `lower_solver`: [`NewtonCG`][], [`LBFGS`][] or [`AcceleratedGradient`][] of `tolerax.inner`.
@@ -116,6 +121,8 @@ class Bilevel(Problem):
         self_concordance: Constant = None,
         upper_smoothness: Constant = None,
         cross: Callable | Proved | None = None,
+        self_concordance_along: Callable | Proved | None = None,
+        relative_smoothness: Constant = None,
         bounds: tuple[PyTree, PyTree] | None = None,
         lower_solver: Minimizer | None = None,
         adjoint_solver: CG | None = None,
@@ -137,6 +144,8 @@ class Bilevel(Problem):
                 state_solver=NewtonCG() if lower_solver is None else lower_solver,
                 adjoint_solver=CG() if adjoint_solver is None else adjoint_solver,
                 preconditioner=preconditioner,
+                self_concordance_along=self_concordance_along,
+                relative_smoothness=relative_smoothness,
             ),
         )
         self.bounds = bounds

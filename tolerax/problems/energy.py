@@ -42,13 +42,22 @@ class Minimization(eqx.Module):
     cross: Any
     state_solver: Minimizer
     adjoint_solver: CG
-    preconditioner: Any
+    preconditioner: Any = None
+    self_concordance_along: Any = None
+    relative_smoothness: Any = None
 
     @property
     def provenance(self) -> Provenance:
         """Which constants are given, proved or estimated."""
-        names = ("strong_convexity", "self_concordance", "upper_smoothness", "cross")
+        names = ["strong_convexity", "self_concordance", "upper_smoothness", "cross"]
+        if self.self_concordance_along is not None:
+            names.insert(2, "self_concordance_along")
         return Provenance(tuple((name, origin(getattr(self, name))) for name in names))
+
+    @property
+    def estimates_smoothness(self) -> bool:
+        """Whether nothing is known of how smooth the upper level is."""
+        return self.upper_smoothness is None
 
     def first_estimates(self, y: Vector) -> dict[str, Array]:
         """The part of the carry that holds estimates: empty when every constant is known."""
@@ -60,7 +69,7 @@ class Minimization(eqx.Module):
             estimates |= {"softest": wave, "least": jnp.full((), jnp.inf, y.dtype)}
         if self.self_concordance is None:
             estimates |= {"self_concordance": zero}
-        if self.upper_smoothness is None:
+        if self.estimates_smoothness:
             estimates |= {"smoothness": zero}
         return estimates
 
@@ -105,15 +114,22 @@ class Minimization(eqx.Module):
         if self.preconditioner is not None:
             hook = self.preconditioner
             diagonal = lambda y: ravel_pytree(hook(at.unravel(y), at.x))[0]  # noqa: E731
-        return Smooth(at.potential, known.lower_bound, known.self_concordance, diagonal)
+        along = None
+        if self.self_concordance_along is not None:
+            along = lambda v: constant(self.self_concordance_along, at.unravel(v), at.x)  # noqa: E731
+        return Smooth(at.potential, known.lower_bound, known.self_concordance, diagonal, along)
 
-    def contradiction(self, curvature: Scalar, third: Scalar, known: Known) -> Array:
+    def contradiction(
+        self, curvature: Scalar, known: Known, third: ArrayLike = 0.0, bent: ArrayLike = 0.0
+    ) -> Array:
         """Whether curvature seen along the way contradicts a constant that is not an estimate."""
         wrong = jnp.array(False)
         if self.strong_convexity is not None:
             wrong = wrong | (curvature < 0.99)
         if self.self_concordance is not None:
             wrong = wrong | (third > 1.1 * known.self_concordance + 1e-6)
+        if self.self_concordance_along is not None:
+            wrong = wrong | ((jnp.asarray(bent) > 1.1) & (jnp.asarray(third) > 1e-6))
         return wrong
 
     def correction(self, curvature: Scalar, known: Known) -> tuple[Scalar, dict[str, Array]]:
@@ -159,7 +175,7 @@ class Minimization(eqx.Module):
         self, at: Fixed, known: Known, y: Vector, b: Vector, guess: Vector, tolerance: Scalar
     ) -> tuple[LinearResult, Solved]:
         solve = self._linear(at, known, y, b, tolerance, guess)
-        wrong = self.contradiction(solve.curvature, jnp.zeros((), y.dtype), known)
+        wrong = self.contradiction(solve.curvature, known)
         # A solve that ends before its limit without an answer has met rounding.
         floored = (solve.iterations < self.adjoint_solver.max_steps) & jnp.isfinite(solve.error)
         factor, seen = self.correction(solve.curvature, known)
@@ -173,7 +189,7 @@ class Minimization(eqx.Module):
 
     def _state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar) -> Solved:
         solve = self.state_solver(self.smooth(at, known), y, tolerance)
-        wrong = self.contradiction(solve.curvature, solve.third, known)
+        wrong = self.contradiction(solve.curvature, known, solve.third, solve.bent)
         factor, seen = self.correction(solve.curvature, known)
         missed = (solve.status == PointStatus.ok) & (factor > 1)
         status = PointStatus.where(missed, PointStatus.inaccurate, solve.status)
@@ -229,6 +245,20 @@ class Energy(Minimization):
     smallest eigenvalue, certify nothing.
     """
 
+    @property
+    def provenance(self) -> Provenance:
+        """Which constants are given, proved or estimated."""
+        constants = dict(super().provenance.constants)
+        if self.relative_smoothness is not None:
+            if self.upper_smoothness is None:
+                del constants["upper_smoothness"]
+            constants["relative_smoothness"] = origin(self.relative_smoothness)
+        return Provenance(tuple(constants.items()))
+
+    @property
+    def estimates_smoothness(self) -> bool:
+        return self.upper_smoothness is None and self.relative_smoothness is None
+
     def solve_state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar) -> Solved:
         # Bounds grow like exp(M |y - y*|): where that exceeds 1 they say nothing, and Newton's
         # method, which converges quadratically from about there, gets below it almost for free.
@@ -257,7 +287,13 @@ class Energy(Minimization):
         qhq = jnp.maximum(jnp.dot(q, hq), 0)
         tiny = jnp.finfo(y.dtype).tiny
         estimates, products = _merged(state.estimates, adjoint.estimates), 0
-        if self.upper_smoothness is None:
+        smoothness = jnp.full((), jnp.inf, y.dtype)
+        if self.relative_smoothness is not None:
+            smoothness = at.constant(self.relative_smoothness).astype(y.dtype)
+        if self.upper_smoothness is not None:
+            by_norm = at.constant(self.upper_smoothness) / jnp.min(known.lower_bound)
+            smoothness = jnp.minimum(smoothness, by_norm)
+        if "smoothness" in estimates:
             # q = H^-1 grad J is close to a power step for the relative curvature of J.
             gq = jax.jvp(jax.grad(at.cost), (y,), (q,))[1]
             seen = jnp.abs(jnp.dot(q, gq)) / jnp.maximum(qhq, tiny)
@@ -265,8 +301,6 @@ class Energy(Minimization):
             estimates["smoothness"] = smoothness
             smoothness = SAFETY * smoothness
             products += 1
-        else:
-            smoothness = at.constant(self.upper_smoothness) / jnp.min(known.lower_bound)
         if self.cross is None:
             cross, cost = estimate_cross(at, known.lower_bound, y, q)
             products += cost
@@ -277,7 +311,7 @@ class Energy(Minimization):
             exponent=state.exponent,
             adjoint_error=adjoint.error,
             q_norm=jnp.sqrt(qhq),
-            q_bend=known.self_concordance * jnp.linalg.norm(q),
+            q_bend=self.smooth(at, known).bend(q),
             smoothness=smoothness,
             cross=cross,
         )
@@ -334,7 +368,11 @@ class Euclidean(Minimization):
     def smooth(self, at: Fixed, known: Known) -> Smooth:
         lower = super().smooth(at, known)
         return ByResidual(
-            lower.value, lower.lower_bound, lower.self_concordance, lower.preconditioner
+            lower.value,
+            lower.lower_bound,
+            lower.self_concordance,
+            lower.preconditioner,
+            lower.along,
         )
 
     def solve_adjoint(

@@ -32,6 +32,9 @@ class Dense:
 
         self.gradient = jax.jit(F)
         self.hessian = jax.jit(jax.hessian(lower))
+        self.hessian_change = jax.jit(
+            lambda v, y, x: jax.jvp(lambda y: jax.hessian(lower)(y, x), (y,), (v,))[1]
+        )
         self.upper_hessian = jax.jit(jax.hessian(upper))
         self.upper_gradient = jax.jit(jax.grad(upper))
         self.cross = jax.jit(jax.jacrev(F, 1))  # F_x, shape (y, x)
@@ -71,6 +74,11 @@ class Dense:
 
     def claimed(self, name: str, x: np.ndarray) -> float:
         return float(constant(self.problem.constants[name], self.x_of(jnp.asarray(x))))
+
+    def claimed_along(self, v: np.ndarray, x: np.ndarray) -> float:
+        """The bound on |D³ lower[u, u, v]| / D² lower[u, u] for this v."""
+        point = self.y_of(jnp.asarray(v)), self.x_of(jnp.asarray(x))
+        return float(constant(self.problem.constants["self_concordance_along"], *point))
 
     def cross_bounds(self, y: np.ndarray, q: np.ndarray, x: np.ndarray) -> np.ndarray:
         """The bounds (adjoint, state, both) that the problem claims."""

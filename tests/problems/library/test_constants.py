@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
@@ -115,6 +116,47 @@ def test_strong_convexity_and_cross_bounds_at_random_pictures(name, seed, scale)
     # Scale 0 is a flat picture, where the direction of its gradient is not defined.
     y = 0.5 + scale * rng.normal(size=d.y0.shape)
     check(d, y, x, rng)
+
+
+def test_relative_smoothness_of_the_quadratic_is_the_largest_eigenvalue():
+    d = dense("quadratic")
+    H, G = d.hessian(d.y0, d.x0), d.upper_hessian(d.y0, d.x0)
+    true = scipy.linalg.eigh(G, H, eigvals_only=True)[-1]
+    assert true <= d.claimed("relative_smoothness", d.x0) * (1 + ROUNDING) <= true * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "reached"),
+    [
+        ("digits_penalties", 0.3),
+        ("hyper_cleaning", 0.05),
+        ("tv_denoising", 0.1),
+        ("field_of_experts", 0.01),
+    ],
+)
+def test_self_concordance_along_a_direction(name, reached):
+    """The largest |D³ lower[u, u, v]| / D² lower[u, u] over u is an eigenvalue for each y and v.
+    One sharp v must come within the factor `reached`: of random ones few are."""
+    rng = np.random.default_rng(6)
+    d = dense(name)
+    x = d.x0 - 3 if name == "digits_penalties" else some_x(name, rng)
+    nu = 3 / d.claimed("self_concordance", x)
+    digits = isinstance(d.problem, library.DigitsPenalties | library.HyperCleaning)
+    best = 0.0
+    for scale in (0.3, 1.0):
+        y = (
+            scale * rng.normal(size=640)
+            if digits
+            else 0.5 + nu * scale * rng.normal(size=d.y0.size)
+        )
+        H = np.asarray(d.hessian(y, x))
+        for v in (np.eye(len(y))[rng.integers(len(y))], rng.normal(size=len(y)), y - d.y0):
+            values = scipy.linalg.eigh(d.hessian_change(v, y, x), H, eigvals_only=True)
+            true, claimed = np.max(np.abs(values)), d.claimed_along(v, x)
+            assert true <= claimed * (1 + ROUNDING)
+            assert claimed <= d.claimed("self_concordance", x) * np.linalg.norm(v) * (1 + ROUNDING)
+            best = max(best, true / claimed if claimed > 0 else 0.0)  # a pixel may be always 0
+    assert best >= reached
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "digits_penalties"])

@@ -53,7 +53,8 @@ def test_every_array_and_every_constant_has_the_dtype_asked_for(name):
     for key, constant in p.constants.items():
         if not isinstance(constant, Proved) or not callable(constant.value):
             continue
-        answer = constant.value(y, q, x) if key == "cross" else constant.value(x)
+        points = {"cross": (y, q, x), "self_concordance_along": (q, x)}
+        answer = constant.value(*points.get(key, (x,)))
         for leaf in jax.tree.leaves(answer):
             assert leaf.dtype == dtype, key
 
@@ -103,7 +104,9 @@ def test_the_problem_answers_with_bounds_that_hold(name):
     assert rough.gradient_error > 0
     proved = {key for key, origin in rough.provenance.constants if origin == "proved"}
     expected = {"strong_convexity", "self_concordance", "cross"}
-    assert proved == expected | ({"upper_smoothness"} if name != "digits_penalties" else set())
+    expected |= {"upper_smoothness"} if name != "digits_penalties" else set()
+    expected |= {"relative_smoothness" if name == "quadratic" else "self_concordance_along"}
+    assert proved == expected
 
 
 def test_options_are_passed_on_and_win_over_the_constants():

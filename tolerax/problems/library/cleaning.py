@@ -11,7 +11,13 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 from tolerax.problems.bilevel import CrossBounds
 from tolerax.problems.constants import proved
 from tolerax.problems.library.base import LibraryProblem, assemble, check_real, generator
-from tolerax.problems.library.digits import DigitsSplit, Samples, ValidationLoss, digits_split
+from tolerax.problems.library.digits import (
+    DigitsSplit,
+    RangeOfLogits,
+    Samples,
+    ValidationLoss,
+    digits_split,
+)
 
 Weights = Float[Array, "features classes"]
 Scores = Float[Array, " samples"]
@@ -150,6 +156,9 @@ def hyper_cleaning(
         strong_convexity=proved(strength, because="the weighted losses are convex"),
         self_concordance=proved(
             data.train.self_concordance(), because="third cumulant <= range of logits * variance"
+        ),
+        self_concordance_along=proved(
+            RangeOfLogits(data.train), because="third cumulant <= range of logits * variance"
         ),
         upper_smoothness=proved(
             data.validation.smoothness(), because="diag p - pp' <= I/2, and the singular values"

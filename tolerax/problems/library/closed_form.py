@@ -90,7 +90,8 @@ def quadratic(
     [`tolerax.problems.Bilevel`][].
 
     The constants are those of dense linear algebra at construction (with A₂ = USVᵀ):
-    µ = σ_min(A₂)², L_g = σ_max(A₁)², and B₁ = ‖A₃ᵀA₂H^{-1/2}‖ = ‖UᵀA₃‖; nothing depends on y or q.
+    µ = σ_min(A₂)², L_g = σ_max(A₁)², A = σ_max(A₁H^{-1/2})², and B₁ = ‖A₃ᵀA₂H^{-1/2}‖ = ‖UᵀA₃‖;
+    nothing depends on y or q.
 
     >>> p = quadratic(n=50, d=3)
     >>> bool(jnp.linalg.norm(p.gradient(p.optimum)) < 1e-9)
@@ -113,7 +114,7 @@ def quadratic(
     A1, b1, A2, A3, b2 = (
         np.asarray(a, np.float64) for a in (upper.A1, upper.b1, lower.A2, lower.A3, lower.b2)
     )
-    U, s, _ = np.linalg.svd(A2, full_matrices=False)
+    U, s, Vt = np.linalg.svd(A2, full_matrices=False)
     K, y_at_zero = np.linalg.lstsq(A2, A3)[0], np.linalg.lstsq(A2, b2)[0]
     optimum = np.linalg.lstsq(A1 @ K, A1 @ y_at_zero - b1)[0]
     # Singular values carry a rounding error of a few eps * s[0]; a proved constant allows for it.
@@ -121,6 +122,7 @@ def quadratic(
     mu = (s[-1] - margin) ** 2
     if s[-1] <= margin:
         raise ValueError(f"A2 is singular with n={n}, d={d}: take a larger n.")
+    A = (np.linalg.norm(A1 @ Vt.T / s, 2) * (1 + margin / s[-1])) ** 2
     L_g = (np.linalg.norm(A1, 2) * (1 + margin / s[0])) ** 2
     B1 = np.linalg.norm(U.T @ A3, 2) * (1 + margin / s[-1])
 
@@ -132,6 +134,9 @@ def quadratic(
         strong_convexity=proved(jnp.asarray(mu, dtype), because="smallest singular value of A2"),
         self_concordance=proved(0.0, because="the lower level is quadratic"),
         upper_smoothness=proved(jnp.asarray(L_g, dtype), because="largest singular value of A1"),
+        relative_smoothness=proved(
+            jnp.asarray(A, dtype), because="largest singular value of A1 H^-1/2"
+        ),
         cross=proved(
             ConstantCross(jnp.asarray(B1, dtype)), because="the cross derivative is constant"
         ),

@@ -57,6 +57,21 @@ class Samples(eqx.Module):
         """
         return jnp.sqrt(2 * jnp.max(jnp.sum(self.features**2, axis=1)))
 
+    def self_concordance_along(self, v: Float[Array, "features classes"]) -> Float[Array, ""]:
+        """max t − min t of the proof above for the V at hand, the largest over the samples."""
+        t = self.logits(v)
+        return jnp.max(jnp.max(t, axis=1) - jnp.min(t, axis=1))
+
+
+class RangeOfLogits(eqx.Module):
+    """[`Samples.self_concordance_along`][] as a constant of a problem."""
+
+    samples: Samples
+
+    def __call__(self, v: Float[Array, "features classes"], x: Array) -> Float[Array, ""]:
+        del x
+        return self.samples.self_concordance_along(v)
+
 
 class DigitsSplit(eqx.Module):
     """1797 pictures of 8 × 8 pixels in [0, 1], as training, validation and test samples."""

@@ -69,6 +69,14 @@ def expert_self_concordance(x: Experts) -> Float[Array, ""]:
     return 1.5 * steepest * kappa / (1 + kappa)
 
 
+def expert_self_concordance_along(v: Pictures, x: Experts) -> Float[Array, ""]:
+    """The same for the v at hand: |C_k v| where it is largest in place of ‖c_k‖₂‖v‖."""
+    filters, _, nu = _parts(x)
+    kappa = jnp.sum(_gain(x))
+    steepest = jnp.max(jnp.abs(responses(v, filters)) / _each(nu))
+    return 1.5 * steepest * kappa / (1 + kappa)
+
+
 def expert_cross(y: Pictures, q: Pictures, x: Experts) -> CrossBounds:
     """Bounds on the cross derivative of [`FieldOfExperts`][], parameter by parameter.
 
@@ -216,6 +224,9 @@ def field_of_experts(
         strong_convexity=proved(1.0, because="the data term has the Hessian I"),
         self_concordance=proved(
             expert_self_concordance, because="third derivative of sqrt(t^2 + nu^2)"
+        ),
+        self_concordance_along=proved(
+            expert_self_concordance_along, because="third derivative of sqrt(t^2 + nu^2)"
         ),
         upper_smoothness=proved(1.0 / len(clean), because="the upper Hessian is I/pictures"),
         cross=proved(expert_cross, because="rows of F_x split along H = I + sum B_k'B_k"),

@@ -9,7 +9,13 @@ from jaxtyping import Array, DTypeLike, Float
 from tolerax.problems.bilevel import CrossBounds
 from tolerax.problems.constants import proved
 from tolerax.problems.library.base import LibraryProblem, assemble
-from tolerax.problems.library.digits import DigitsSplit, Samples, ValidationLoss, digits_split
+from tolerax.problems.library.digits import (
+    DigitsSplit,
+    RangeOfLogits,
+    Samples,
+    ValidationLoss,
+    digits_split,
+)
 
 Weights = Float[Array, "features classes"]
 
@@ -97,6 +103,9 @@ def digits_penalties(
         strong_convexity=proved(penalties, because="the loss is convex: H >= diag(exp x)"),
         self_concordance=proved(
             data.train.self_concordance(), because="third cumulant <= range of logits * variance"
+        ),
+        self_concordance_along=proved(
+            RangeOfLogits(data.train), because="third cumulant <= range of logits * variance"
         ),
         upper_smoothness=smoothness,
         cross=proved(penalty_cross, because="diag(exp x) <= H, and F_x is diagonal"),

@@ -58,9 +58,20 @@ def tv_self_concordance(x: Parameters) -> Float[Array, ""]:
     the plane as on the line. One pixel has |∇v| ≤ √3‖v‖ (see `differences`). And only the TV part
     of H has third derivatives: it is at most κ/(1 + κ) times H = I + TV part.
     """
+    return jnp.sqrt(3.0) * _steepest_change(x)
+
+
+def tv_self_concordance_along(v: Pictures, x: Parameters) -> Float[Array, ""]:
+    """The same for the v at hand: |∇v| where it is largest in place of √3‖v‖."""
+    length = jnp.sqrt(jnp.max(jnp.sum(differences(v) ** 2, axis=0)))
+    return length * _steepest_change(x)
+
+
+def _steepest_change(x: Parameters) -> Float[Array, ""]:
+    """(3/2ν) · κ/(1 + κ), see `tv_self_concordance`."""
     weight, nu = jnp.exp(x)
     kappa = 8 * weight / nu
-    return 1.5 * jnp.sqrt(3.0) / nu * kappa / (1 + kappa)
+    return 1.5 / nu * kappa / (1 + kappa)
 
 
 def tv_cross(y: Pictures, q: Pictures, x: Parameters) -> CrossBounds:
@@ -158,6 +169,9 @@ def tv_denoising(
         strong_convexity=proved(1.0, because="the data term has the Hessian I"),
         self_concordance=proved(
             tv_self_concordance, because="third derivative of sqrt(|v|^2 + nu^2)"
+        ),
+        self_concordance_along=proved(
+            tv_self_concordance_along, because="third derivative of sqrt(|v|^2 + nu^2)"
         ),
         upper_smoothness=proved(1.0 / len(clean), because="the upper Hessian is I/pictures"),
         cross=proved(tv_cross, because="both columns split along H = I + B'B"),
