@@ -144,7 +144,8 @@ def tight_solve(lower: Level, y: PyTree, x: PyTree, reduction: float = 1e-9) -> 
         return lower(unravel(v), x)
 
     gradient = jax.grad(objective)
-    target = reduction * jnp.linalg.norm(gradient(jnp.zeros_like(flat)))
+    first = jnp.linalg.norm(gradient(jnp.zeros_like(flat)))
+    target = reduction * first
 
     def newton(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         v, g, k = carry
@@ -153,11 +154,14 @@ def tight_solve(lower: Level, y: PyTree, x: PyTree, reduction: float = 1e-9) -> 
         forcing = jnp.minimum(0.1, jnp.sqrt(norm)) * norm
         step = jax.scipy.sparse.linalg.cg(product, -g, tol=0.0, atol=forcing, maxiter=1000)[0]
         value, slope = objective(v), g @ step
-        slack = 1e-14 * jnp.abs(value)  # what the values do not resolve is no increase
 
         def too_long(t: Array) -> Array:
-            increase = objective(v + t * step) > value + 1e-4 * t * slope + slack
-            return increase & (t > 1e-8)
+            end, there = jax.value_and_grad(objective)(v + t * step)
+            # A slope that is still negative, or a smaller gradient, proves a decrease of a convex
+            # function where its values, sums of terms that cancel, do not resolve one.
+            lower = (end <= value + 1e-4 * t * slope) | (there @ step <= 0)
+            smaller = jnp.linalg.norm(there) <= 0.9 * norm
+            return ~lower & ~(smaller & (norm < 1e-6 * first)) & (t > 1e-8)
 
         t = jax.lax.while_loop(too_long, lambda t: t / 2, jnp.ones_like(value))
         v = v + t * step
@@ -174,4 +178,6 @@ def tight_solve(lower: Level, y: PyTree, x: PyTree, reduction: float = 1e-9) -> 
 def tight_loss(upper: Level, lower: Level, x: PyTree, y: PyTree) -> tuple[float, PyTree]:
     """True upper loss at x, the lower level solved tightly from y; and that solution."""
     y = tight_solve(lower, y, x)
+    if not np.isfinite(ravel_pytree(y)[0]).all():
+        raise RuntimeError("the reference solve of the lower level failed")
     return float(_value_and_gradient(upper, y, x)[0]), y
