@@ -16,6 +16,7 @@ from tolerax.problems import Implicit as Implicit
 from tolerax.problems import Objective as Objective
 from tolerax.problems import proved as proved
 from tolerax.solution import Solution as Solution
+from tolerax.solvers import CBO as CBO
 from tolerax.solvers import HOAG as HOAG
 from tolerax.solvers import MAID as MAID
 from tolerax.solvers import InexactLineSearch as InexactLineSearch

@@ -148,7 +148,7 @@ def _note(
     """Add the work, also the solver's own, and keep the best point."""
     candidate, usable = _candidate(solver, query, evaluation, run)
     failed = evaluation.status == PointStatus.failed
-    failed = jnp.all(failed if query.mask is None else failed | ~query.mask)
+    failed = jnp.sum(failed if query.mask is None else failed & query.mask)
     best = run.best
     slack = 4 * jnp.finfo(best.value.dtype).eps * jnp.abs(best.value)
     slack = jnp.where(jnp.isfinite(slack), slack, 0.0)

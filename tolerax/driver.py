@@ -148,7 +148,7 @@ def _refuse_host_features(
 def _finish(problem: Problem, run: Run) -> Solution:
     """The solution of a run that has been driven as far as its limits allow."""
     status = Status.where(run.status == Status.running, Status.budget, run.status)
-    nothing_usable = (run.failures >= run.step) & (run.step > 0)
+    nothing_usable = (run.best.value == jnp.inf) & (run.failures > 0)
     has_cause = jnp.array(False)
     for cause in (Status.non_finite_start, Status.stopped, Status.worker_lost, Status.time):
         has_cause = has_cause | (status == cause)

@@ -135,7 +135,7 @@ class Solution(eqx.Module):
         """What the status means and what to do next (for one run, not a batch), and how many
         evaluations failed."""
         failures = int(self.state.failures)
-        told = f" {failures} of {int(self.steps)} evaluations failed." if failures else ""
+        told = f" {failures} of {int(self.work.points)} evaluations failed." if failures else ""
         return Status[self.status] + told
 
     def summary(self) -> str:
@@ -147,11 +147,15 @@ class Solution(eqx.Module):
         lines = [
             self.message,
             f"value      {float(self.value):.10g} in [{low:.10g}, {high:.10g}] ({kind})",
-            f"gradient   {projected}norm {float(self.gradient_norm):.3e}, "
-            f"error at most {float(self.gradient_error):.3e} ({kind})",
             f"work       {work or 'none'}",
             f"steps      {int(self.steps)}",
         ]
+        if self.gradient is not None:
+            lines.insert(
+                2,
+                f"gradient   {projected}norm {float(self.gradient_norm):.3e}, "
+                f"error at most {float(self.gradient_error):.3e} ({kind})",
+            )
         if self.provenance.constants:
             lines.append(f"constants  {self.provenance}")
         return "\n".join(lines)

@@ -1,5 +1,7 @@
 """How a run ended ([`Status`][]) and how one evaluation went ([`PointStatus`][])."""
 
+import functools
+import operator
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -31,6 +33,11 @@ class Status(eqx.Enumeration):
         "Converged with estimated constants: the stopping criterion holds and was checked again, "
         "but at least one constant in its error bound is an estimate (see `provenance`). Give or "
         "prove the constants to certify the result."
+    )
+    consensus = (
+        "Consensus: the particles agree, and probes around the point at all distances up to the "
+        "spread of the start found no lower value. That is no proof of a global minimum: run again "
+        "with another key or more particles to see whether it holds."
     )
     accuracy_floor = (
         "Accuracy floor: rounding keeps the error bounds above what the stopping criterion asks. "
@@ -76,7 +83,7 @@ class Status(eqx.Enumeration):
         _value: Any
 
 
-CONVERGED = (Status.converged, Status.converged_estimated)
+CONVERGED = (Status.converged, Status.converged_estimated, Status.consensus)
 
 
 def is_success(status: Any) -> Bool[Array, "*batch"]:
@@ -85,4 +92,4 @@ def is_success(status: Any) -> Bool[Array, "*batch"]:
     >>> bool(is_success(Status.converged)), bool(is_success(Status.budget))
     (True, False)
     """
-    return (status == Status.converged) | (status == Status.converged_estimated)
+    return functools.reduce(operator.or_, [status == one for one in CONVERGED])

@@ -1,0 +1,379 @@
+"""Consensus-based optimization: particles that drift to where they agree the minimum is."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
+from tolerax.inner.particles import distributed
+from tolerax.solvers._common import Box
+from tolerax.solvers.consensus import Agreement, Anisotropic, Consensus, HardMinimum, Noise
+from tolerax.status import PointStatus, Status
+
+Positions = Float[Array, "n d"]
+PROBE_LADDER = 12.0  # halvings from the spread of the start down to the smallest probe
+
+
+class CBOState(eqx.Module):
+    """What evolves: the particles, their consensus, the best of the memory, the mode."""
+
+    x: Positions
+    memory: tuple[Positions, Float[Array, " n"]] | None
+    consensus: Float[Array, " d"]
+    best: Float[Array, ""]
+    best_x: Float[Array, " d"]
+    effective: Float[Array, ""]
+    width: Float[Array, ""]
+    penalty: Float[Array, ""]
+    scale: Float[Array, " d"]
+    step: Int[Array, ""]
+    key: PRNGKeyArray
+    box: Box
+    bounded: Bool[Array, ""]
+    probing: Bool[Array, ""]
+    done: Bool[Array, ""]
+    status: Any
+
+
+class CBO(Solver):
+    """Consensus-based optimization: global minimization by values at N particles a step.
+
+    In every step the particles agree on a point m (see `consensus`) and move by
+
+        x <- x - lambda dt (x - m) + noise(x - m)
+
+    Particles that fail (NaN, infinite, an exception) get weight 0 and are put where another one is.
+    The run ends when at least half of the particles agree in every coordinate to within
+    `tol * (1 + |m|)` and probes around m, at all distances up to the spread of the start, find no
+    lower value (if one does, the particles continue from the probes). That the point is the global
+    minimum is never certain; `Status.consensus` says so.
+
+    - `particles`: N. The steps needed grow slower than the dimension; N = 100 serves to about 100.
+    - `consensus`: [`HardMinimum`][], [`SoftConsensus`][], [`EffectiveSampleSize`][],
+      [`Polarized`][] or [`Quantile`][].
+    - `noise`: [`Anisotropic`][] or [`Isotropic`][].
+    - `drift`: lambda; `dt`: the time step.
+    - `spread`: the particles start normally distributed about `x0` with this standard deviation (a
+      pytree like x, or a number); uniformly within the bounds where all of them are finite.
+    - `ensemble`: the particles to start from instead: a pytree like x with a leading axis of N.
+    - `batch`: only so many particles, drawn anew in every step, are evaluated and moved.
+    - `memory`: drift to the best point that each particle has seen, with this rate times dt.
+    - `gradient`: drift along the negative gradient, with this rate times dt; asks for gradients.
+    - `retract`: maps every particle back to a set, for instance [`Sphere`][]; called with the point
+      as a pytree like x.
+    - `penalty`: weight of the `violation` of a point in its energy `value + penalty * violation`;
+      grows by half in every step in which the best particle violates more than `feasible_within`.
+    - `sharding`: a `NamedSharding` of the leading axis, to spread the particles over devices.
+
+    Source: Pinnau, Totzeck, Tse, Martin (*M3AS* 27, 2017); Carrillo, Jin, Li, Zhu (*ESAIM: COCV*
+    27, 2021); memory: Riedl (*European J. Appl. Math.* 2023).
+
+    >>> import jax.numpy as jnp, tolerax
+    >>> rastrigin = lambda x: jnp.mean(x**2 - 10 * jnp.cos(2 * jnp.pi * x) + 10)
+    >>> problem = tolerax.Objective(rastrigin, bounds=(-3.0, 5.0))
+    >>> solution = tolerax.solve(problem, tolerax.CBO(), jnp.zeros(5) + 2.5)
+    >>> bool(jnp.all(jnp.abs(solution.x) < 1e-2)), bool(solution.success)
+    (True, True)
+    """
+
+    particles: int = eqx.field(static=True, default=100)
+    consensus: Consensus = eqx.field(default_factory=HardMinimum)
+    noise: Noise = eqx.field(default_factory=Anisotropic)
+    drift: float = 1.0
+    dt: float = 0.01
+    spread: PyTree = 1.0
+    ensemble: PyTree = None
+    batch: int | None = eqx.field(static=True, default=None)
+    memory: float | None = None
+    gradient: float | None = None
+    retract: Callable[[PyTree], PyTree] | None = None
+    penalty: float = 1.0
+    feasible_within: float = 1e-6
+    tol: float = 1e-4
+    sharding: NamedSharding | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        if not isinstance(self.particles, int) or self.particles < 2:
+            raise ValueError(f"particles is {self.particles!r}: give an integer of at least 2.")
+        if self.batch is not None and not 0 < self.batch <= self.particles:
+            raise ValueError(f"batch is {self.batch!r}: give 1 to {self.particles} particles.")
+        for leaf in jax.tree.leaves(self.ensemble):
+            if not isinstance(leaf, jax.core.Tracer) and not np.isfinite(np.asarray(leaf)).all():
+                raise ValueError("ensemble has entries that are not finite: leave them out.")
+        for name in ("drift", "dt", "penalty", "tol"):
+            value = getattr(self, name)
+            if not isinstance(value, jax.Array) and not value > 0:
+                raise ValueError(f"{name} is {value}: it must be positive.")
+
+    @property
+    def honours_bounds(self) -> bool:
+        return True
+
+    @property
+    def feasibility(self) -> Any:
+        return self.feasible_within
+
+    # -- the start --------------------------------------------------------------------------------
+
+    def init(self, start: Start) -> CBOState:
+        x0, _ = ravel_pytree(start.x)
+        box = Box.of(start)
+        key, first = jax.random.split(start.key)
+        self._warn(x0.size)
+        bounded = jnp.all(jnp.isfinite(box.lower) & jnp.isfinite(box.upper))
+        x = self._ensemble(start, x0, box, bounded, first)
+        x = distributed(jax.vmap(self._feasible(box))(x), self.sharding)
+        inf, false = jnp.array(jnp.inf, x.dtype), jnp.array(False)
+        memory = None if self.memory is None else (x, jnp.full(self.particles, jnp.inf, x.dtype))
+        return CBOState(
+            x=x,
+            memory=memory,
+            consensus=x0,
+            best=inf,
+            best_x=x0,
+            effective=jnp.array(self.particles, x.dtype),
+            width=inf,
+            penalty=jnp.asarray(self.penalty, x.dtype),
+            scale=jnp.std(x, axis=0),
+            step=jnp.array(0, jnp.int32),
+            key=key,
+            box=box,
+            bounded=bounded,
+            probing=false,
+            done=false,
+            status=Status.running,
+        )
+
+    def _warn(self, d: int) -> None:
+        """Say so when noise beats drift: then particles never agree."""
+        leaves = jax.tree.leaves((self.noise, self.drift, self.dt))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return
+        growth = self.noise.contraction(float(self.drift * self.dt), d)
+        if growth >= 0:
+            warnings.warn(
+                f"noise is {self.noise}: with drift * dt = {float(self.drift * self.dt):.3g} the "
+                f"distance to the consensus grows by a factor {2.718281828**growth:.3g} a step in "
+                "the mean, so particles will not agree. Take a smaller s (below about 1.57 for "
+                "Anisotropic, 1 / sqrt(d) for Isotropic).",
+                stacklevel=2,
+            )
+
+    def _ensemble(
+        self, start: Start, x0: Array, box: Box, bounded: Array, key: PRNGKeyArray
+    ) -> Positions:
+        n, d = self.particles, x0.size
+        if self.ensemble is not None:
+            leaves, like = jax.tree.leaves(self.ensemble), jax.tree.leaves(start.x)
+            same = jax.tree.structure(self.ensemble) == jax.tree.structure(start.x)
+            wanted = [(n, *leaf.shape) for leaf in like]
+            if not same or [jnp.shape(leaf) for leaf in leaves] != wanted:
+                shapes = [jnp.shape(leaf) for leaf in leaves]
+                raise ValueError(
+                    f"ensemble has the shapes {shapes}: it must be a pytree like x0 with a leading "
+                    f"axis of particles={n}, so of shapes {wanted}."
+                )
+            x = jax.vmap(lambda point: ravel_pytree(point)[0])(self.ensemble).astype(x0.dtype)
+            outside = jnp.any((x < box.lower) | (x > box.upper))
+            return eqx.error_if(x, outside, "ensemble has particles outside the bounds.")
+        uniform, gaussian = jax.random.split(key)
+        sigma = ravel_pytree(self._spread_like(start.x))[0]
+        around = x0 + sigma * jax.random.normal(gaussian, (n, d), x0.dtype)
+        low, high = (jnp.where(bounded, side, 0) for side in (box.lower, box.upper))
+        within = low + (high - low) * jax.random.uniform(uniform, (n, d), x0.dtype)
+        x = jnp.where(bounded, within, around)
+        # The start point is one of them.
+        return x.at[0].set(x0)
+
+    def _spread_like(self, x: PyTree) -> PyTree:
+        if jax.tree.structure(self.spread) == jax.tree.structure(x):
+            given = self.spread
+        else:
+            given = jax.tree.map(lambda leaf: self.spread, x)
+        full = lambda s, leaf: jnp.broadcast_to(jnp.asarray(s, leaf.dtype), leaf.shape)  # noqa: E731
+        return jax.tree.map(full, given, x)
+
+    def _feasible(self, box: Box) -> Callable[[Array], Array]:
+        """A flat point put back where it may be."""
+
+        def put(x: Array) -> Array:
+            x = box.clip(x)
+            if self.retract is None:
+                return x
+            return ravel_pytree(self.retract(box.unravel(x)))[0]
+
+        return put
+
+    # -- ask --------------------------------------------------------------------------------------
+
+    def _members(self, state: CBOState) -> Array:
+        """The particles that are evaluated in this step."""
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
+        return jax.random.permutation(key, self.particles)[: self.batch]
+
+    def _asked(self, state: CBOState) -> Positions:
+        x = state.x if self.batch is None else state.x[self._members(state)]
+        return jnp.where(state.probing, self._probes(state, x.shape[0]), x)
+
+    def _probes(self, state: CBOState, count: int) -> Positions:
+        """Points around the best one, at distances that halve from the spread of the start."""
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
+        direction = jax.random.normal(key, (count, state.best_x.size), jnp.float32)
+        exponent = -PROBE_LADDER * jnp.arange(count) / count
+        length = (2.0**exponent).astype(state.x.dtype)[:, None]
+        points = state.best_x + length * state.scale * direction.astype(state.x.dtype)
+        return jax.vmap(self._feasible(state.box))(points)
+
+    def ask(self, state: CBOState) -> Query:
+        x = distributed(self._asked(state), self.sharding if self.batch is None else None)
+        inf = jnp.full(x.shape[0], jnp.inf, x.dtype)
+        return Query(
+            jax.vmap(state.box.unravel)(x),
+            Accuracy(inf, inf),
+            mask=jnp.ones(x.shape[0], bool),
+            derivatives=0 if self.gradient is None else 1,
+        )
+
+    # -- tell -------------------------------------------------------------------------------------
+
+    def tell(self, state: CBOState, query: Query, evaluation: Evaluation) -> CBOState:
+        dtype = state.x.dtype
+        ok = (evaluation.status != PointStatus.failed) & query.mask
+        value = evaluation.value.astype(dtype)
+        violation = jnp.zeros_like(value)
+        if evaluation.violation is not None:
+            violation = jnp.where(ok, evaluation.violation.astype(dtype), jnp.inf)
+        energy = jnp.where(ok, value + state.penalty * violation, jnp.inf)
+        x = jax.vmap(lambda point: ravel_pytree(point)[0])(query.x)
+        lowest = jnp.argmin(energy)
+        lower = energy[lowest] < state.best
+        hard = violation[lowest] > self.feasible_within
+        gradient = None
+        if self.gradient is not None:
+            gradient = jax.vmap(lambda g: ravel_pytree(g)[0])(evaluation.gradient)
+        now = dataclasses.replace(
+            state,
+            best=jnp.where(lower, energy[lowest], state.best),
+            best_x=jnp.where(lower, x[lowest], state.best_x),
+            penalty=jnp.where(hard & ok[lowest], 1.5 * state.penalty, state.penalty),
+        )
+        told = (x, energy, violation, ok, gradient)
+        lost = ~jnp.any(ok)
+        new = jax.lax.cond(
+            state.probing,
+            lambda: self._probed(now, x, lower),
+            lambda: self._moved(now, told),
+        )
+        return dataclasses.replace(
+            new,
+            done=new.done | lost,
+            status=Status.where(lost, Status.all_failed, new.status),
+        )
+
+    def _moved(self, state: CBOState, told: tuple) -> CBOState:
+        """One step of the particles."""
+        x, energy, violation, ok, gradient = told
+        key = jax.random.fold_in(state.key, state.step)
+        noise_key, copy_key = jax.random.split(key)
+        members = None if self.batch is None else self._members(state)
+        memory = state.memory
+        anchor, anchor_energy = x, energy
+        if memory is not None:
+            old, old_energy = (m if members is None else m[members] for m in memory)
+            better = energy < old_energy
+            anchor = jnp.where(better[:, None], x, old)
+            anchor_energy = jnp.where(better, energy, old_energy)
+        agreed: Agreement = self.consensus(
+            anchor, anchor_energy, violation, state.step, self.sharding if members is None else None
+        )
+        m = agreed.point
+        placed = jax.lax.cond(jnp.all(ok), lambda: x, lambda: _replaced(x, ok, copy_key))
+        u = placed - m
+        drifted = (1 - self.drift * self.dt) * u
+        if memory is not None:
+            pull = jnp.where(ok[:, None], placed - anchor, 0)
+            drifted = drifted - self.memory * self.dt * pull
+        if gradient is not None:
+            usable = ok[:, None] & jnp.isfinite(gradient)
+            drifted = drifted - self.gradient * self.dt * jnp.where(usable, gradient, 0)
+        moved = m + self.noise(noise_key, u, drifted, state.scale)
+        moved = jax.vmap(self._feasible(state.box))(moved)
+        close = jnp.abs(u) <= self.tol * (1 + jnp.abs(m))
+        agree = jnp.min(jnp.mean(close & ok[:, None], axis=0)) >= 0.5
+        width = jnp.max(jnp.mean(jnp.abs(u), axis=0))
+        if members is not None:
+            moved = state.x.at[members].set(moved)
+        if memory is not None:
+            memory = (anchor, anchor_energy)
+            if members is not None:
+                whole, energies = state.memory
+                memory = (whole.at[members].set(anchor), energies.at[members].set(anchor_energy))
+        return dataclasses.replace(
+            state,
+            x=distributed(moved, self.sharding),
+            memory=memory,
+            consensus=m if m.ndim == 1 else jnp.mean(m, axis=0),
+            effective=agreed.effective,
+            width=width,
+            step=state.step + 1,
+            probing=agree,
+        )
+
+    def _probed(self, state: CBOState, x: Positions, lower: Array) -> CBOState:
+        """Go on from the probes when one of them was lower, else end."""
+        if self.batch is not None:
+            x = state.x.at[self._members(state)].set(x)
+        return dataclasses.replace(
+            state,
+            x=jnp.where(lower, distributed(x, self.sharding), state.x),
+            step=state.step + 1,
+            probing=jnp.zeros_like(state.probing),
+            done=~lower,
+            status=Status.where(lower, Status.running, Status.consensus),
+        )
+
+    def terminate(self, state: CBOState) -> tuple[Bool[Array, ""], Any]:
+        return state.done, state.status
+
+    def record(self, state: CBOState) -> dict[str, Array]:
+        return {"iteration": state.step, "spread": state.width, "effective": state.effective}
+
+
+def _replaced(x: Positions, ok: Bool[Array, " n"], key: PRNGKeyArray) -> Positions:
+    """Failed particles put where others are, drawn at random."""
+    rank = jnp.cumsum(ok)
+    drawn = jax.random.randint(key, ok.shape, 1, jnp.maximum(rank[-1], 1) + 1)
+    donor = jnp.searchsorted(rank, drawn)
+    return jnp.where(ok[:, None], x, x[donor])
+
+
+class Sphere(eqx.Module):
+    """The nearest point with norm `radius`, for `retract` (all leaves of x together)."""
+
+    radius: float = 1.0
+
+    def __call__(self, x: PyTree) -> PyTree:
+        flat, unravel = ravel_pytree(x)
+        norm = jnp.linalg.norm(flat)
+        first = jnp.zeros_like(flat).at[0].set(1)
+        return unravel(
+            self.radius * jnp.where(norm > 0, flat / jnp.where(norm > 0, norm, 1), first)
+        )
+
+
+class Stiefel(eqx.Module):
+    """The nearest matrix with orthonormal columns (polar factor), for `retract`; x is one matrix of
+    shape (n, p) with n >= p."""
+
+    def __call__(self, x: Float[Array, "n p"]) -> Float[Array, "n p"]:
+        u, _, vt = jnp.linalg.svd(x, full_matrices=False)
+        return u @ vt

@@ -1,0 +1,289 @@
+"""The parts of consensus-based optimization: how particles agree, how they are moved by noise.
+
+A consensus turns positions x of shape (N, d) and energies of shape (N,) (infinite where a particle
+failed or takes no part) into the point m that the particles drift to. A noise turns the distances
+to it into a random displacement.
+"""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from tolerax.inner.particles import normal, total, weighted_mean
+
+Positions = Float[Array, "n d"]
+Energies = Float[Array, " n"]
+Scalar = Float[Array, ""]
+
+
+class Agreement(eqx.Module):
+    """The consensus of a step: `point` of shape (d,), or (N, d) where each particle has its own;
+    `effective` is the effective sample size `(sum w)^2 / sum w^2` of the weights."""
+
+    point: Array
+    effective: Scalar
+
+
+class Consensus(eqx.Module):
+    """How particles agree on a point."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
+    ) -> Agreement:
+        """The consensus of particles at x; `over` is the sharding of the particles or `None`."""
+
+
+def _shifted(energy: Energies) -> Energies:
+    """Energies above the lowest one: 0 where it is attained, infinite where there is none."""
+    least = jnp.min(energy)
+    return jnp.where(
+        jnp.isfinite(energy), energy - jnp.where(jnp.isfinite(least), least, 0), jnp.inf
+    )
+
+
+def _boltzmann(alpha: Array, shifted: Energies) -> Energies:
+    """`exp(-alpha E)`: 0 for infinite E, 1 for E = 0, whatever alpha is."""
+    return jnp.where(shifted > 0, jnp.exp(-alpha * shifted), jnp.ones_like(shifted)) * (
+        shifted < jnp.inf
+    )
+
+
+def _agree(x: Positions, w: Energies, over: Any) -> Agreement:
+    s, squares = total(w, over), total(w * w, over)
+    return Agreement(weighted_mean(w, x, over), s * s / squares)
+
+
+class HardMinimum(Consensus):
+    """The best particle: the limit of all weights for alpha to infinity (of several, the first).
+
+    Source: the discrete scheme of Fornasier, Riedl and others with alpha = inf; it needs no scale
+    of the energies.
+    """
+
+    def __call__(
+        self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
+    ) -> Agreement:
+        del violation, step, over
+        return Agreement(x[jnp.argmin(energy)], jnp.ones((), x.dtype))
+
+
+class SoftConsensus(Consensus):
+    """Weights `exp(-alpha (E - min E))` (Pinnau, Totzeck, Tse, Martin, *M3AS* 27, 2017).
+
+    - `alpha`: the inverse temperature; multiplied by `growth` in every step, so that the consensus
+      hardens late in the run.
+    - `standardized`: energies are divided by their mean height above the lowest one, which makes
+      alpha independent of their unit.
+    """
+
+    alpha: float = 30.0
+    growth: float = 1.0
+    standardized: bool = eqx.field(static=True, default=True)
+
+    def __check_init__(self):
+        for name in ("alpha", "growth"):
+            value = getattr(self, name)
+            if not isinstance(value, jax.Array) and not value > 0:
+                raise ValueError(f"{name} is {value}: it must be positive.")
+
+    def __call__(
+        self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
+    ) -> Agreement:
+        del violation
+        shifted = _shifted(energy)
+        alpha = self.alpha * jnp.asarray(self.growth, x.dtype) ** step
+        if self.standardized:
+            finite = shifted < jnp.inf
+            count = jnp.maximum(jnp.sum(finite), 1)
+            height = total(jnp.where(finite, shifted, 0), over) / count
+            alpha = alpha / jnp.where(height > 0, height, 1)
+        return _agree(x, _boltzmann(alpha, shifted), over)
+
+
+class EffectiveSampleSize(Consensus):
+    """Weights `exp(-alpha (E - min E))` with alpha such that the effective sample size
+    `(sum w)^2 / sum w^2` is a fixed share of the particles.
+
+    - `share`: between 0 and 1. - `bisections`: halvings of the interval for log alpha.
+    """
+
+    share: float = 0.4
+    bisections: int = eqx.field(static=True, default=30)
+
+    def __check_init__(self):
+        if not isinstance(self.share, jax.Array) and not 0 < self.share < 1:
+            raise ValueError(f"share is {self.share}: it must lie between 0 and 1.")
+
+    def weights(self, energy: Energies, over: Any) -> Energies:
+        """The weights alone."""
+        shifted = _shifted(energy)
+        finite = shifted < jnp.inf
+        count = jnp.maximum(jnp.sum(finite), 1)
+        height = total(jnp.where(finite, shifted, 0), over) / count
+        unit = jnp.where(height > 0, height, 1)
+
+        def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = 0.5 * (low + high)
+            w = _boltzmann(jnp.exp(middle) / unit, shifted)
+            flat = total(w, over) ** 2 / total(w * w, over) > self.share * count
+            return jnp.where(flat, middle, low), jnp.where(flat, high, middle)
+
+        ends = (jnp.full((), -12.0, energy.dtype), jnp.full((), 24.0, energy.dtype))
+        low, high = jax.lax.fori_loop(0, self.bisections, halve, ends)
+        return _boltzmann(jnp.exp(0.5 * (low + high)) / unit, shifted)
+
+    def __call__(
+        self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
+    ) -> Agreement:
+        del violation, step
+        return _agree(x, self.weights(energy, over), over)
+
+
+class Polarized(Consensus):
+    """Each particle has a consensus of its own, of those near it: several minimizers are found
+    (Bungert, Roith, Wacker, *Polarized consensus-based dynamics*, arXiv 2211.05238).
+
+    `m_i = sum_j k(x_i, x_j) w_j x_j / sum_j k(x_i, x_j) w_j` with the Gaussian kernel
+    `exp(-|x_i - x_j|^2 / (2 kappa^2))`; costs O(N^2 d).
+    """
+
+    kappa: float = 1.0
+    alpha: float = 30.0
+
+    def __call__(
+        self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
+    ) -> Agreement:
+        del violation, step
+        shifted = _shifted(energy)
+        finite = shifted < jnp.inf
+        height = total(jnp.where(finite, shifted, 0), over) / jnp.maximum(jnp.sum(finite), 1)
+        log_w = -self.alpha * shifted / jnp.where(height > 0, height, 1)
+        squares = jnp.sum(x * x, axis=1)
+        apart = jnp.maximum(squares[:, None] + squares[None, :] - 2 * x @ x.T, 0)
+        k = jax.nn.softmax(log_w[None, :] - apart / (2 * self.kappa**2), axis=1)
+        return Agreement(k @ x, jnp.mean(1 / jnp.sum(k * k, axis=1)))
+
+
+class Quantile(Consensus):
+    """Of the particles with the lowest `violation` the best: for an upper level over the minimizers
+    of a lower one (CB2O: arXiv 2411.13394). The problem answers with the upper value as `value` and
+    the lower one as `violation`.
+
+    - `share`: how many are kept (at least one), between 0 and 1. - `alpha`: as in
+      [`SoftConsensus`][].
+    """
+
+    share: float = 0.1
+    alpha: float = 30.0
+
+    def __call__(
+        self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
+    ) -> Agreement:
+        lower = jnp.where(energy < jnp.inf, violation, jnp.inf)
+        rank = jnp.argsort(jnp.argsort(lower))
+        count = jnp.maximum(jnp.sum(lower < jnp.inf), 1)
+        kept = rank < jnp.maximum(jnp.floor(self.share * count), 1)
+        soft = SoftConsensus(self.alpha)
+        return soft(x, jnp.where(kept, energy, jnp.inf), violation, step, over)
+
+
+class Noise(eqx.Module):
+    """A random displacement whose size follows the distance u to the consensus."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, key: PRNGKeyArray, u: Positions, drifted: Positions, scale: Float[Array, " d"]
+    ) -> Positions:
+        """Where particles go from `drifted`, where the drift took them; both are relative to the
+        consensus. `scale` is the spread of the start in every coordinate."""
+
+    @abc.abstractmethod
+    def contraction(self, drift: float, d: int) -> float:
+        """The mean logarithmic growth of the distance to a fixed consensus in one step, for a drift
+        `lambda dt`: where it is not negative, particles do not agree."""
+
+
+class Anisotropic(Noise):
+    """Noise `s u_j xi_j` in every coordinate j, whose strength does not depend on the dimension
+    (Carrillo, Jin, Li, Zhu, *ESAIM: COCV* 27, 2021), with `s = sigma sqrt(dt)`.
+
+    - `s`: the strength of a step. Particles agree while `E log|1 - lambda dt + s xi| < 0`, that is
+      up to about s = 1.57.
+    - `jumps`: the mean number of jumps of a particle in a step. A jump sets one coordinate to that
+      of the consensus plus `jump_scale` times the spread of the start times xi: multiplicative
+      noise alone never brings back a coordinate that all particles agree on. (Jump diffusion as of
+      Kalise, Sharma, Tretyakov, *M3AS* 33, 2023, with a width that does not vanish.) 0 for none.
+    - `floor`: the least |u_j| in the noise, relative to the spread of the start.
+    - `truncated`: the largest |u_j| in the noise (arXiv 2310.16610).
+    """
+
+    s: float = 0.8
+    jumps: float = 0.06
+    jump_scale: float = 0.4
+    floor: float = 0.0
+    truncated: float = float("inf")
+
+    def __check_init__(self):
+        for name in ("s", "jumps", "jump_scale", "floor", "truncated"):
+            value = getattr(self, name)
+            if not isinstance(value, jax.Array) and not value >= 0:
+                raise ValueError(f"{name} is {value}: it must not be negative.")
+
+    def __call__(
+        self, key: PRNGKeyArray, u: Positions, drifted: Positions, scale: Float[Array, " d"]
+    ) -> Positions:
+        key, which, when = jax.random.split(key, 3)
+        xi = normal(key, u)
+        width = jnp.clip(jnp.abs(u), self.floor * scale, self.truncated)
+        n, d = u.shape
+        moved = drifted + self.s * width * xi
+        if isinstance(self.jumps, float | int) and self.jumps == 0:
+            return moved
+        jumping = jax.random.uniform(when, (n,)) < self.jumps
+        column = jnp.where(jumping, jax.random.randint(which, (n,), 0, d), -1)
+        # The best particle is the consensus itself: it stays.
+        here = (jnp.arange(d) == column[:, None]) & jnp.any(u != 0, axis=1, keepdims=True)
+        return jnp.where(here, self.jump_scale * scale * xi, moved)
+
+    def contraction(self, drift: float, d: int) -> float:
+        del d
+        xi = scipy.stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)
+        return float(np.mean(np.log(np.abs(1 - drift + float(self.s) * xi))))
+
+
+class Isotropic(Noise):
+    """Noise `s |u| xi` (Pinnau and others 2017), the same in all directions.
+
+    - `s`: the strength of a step; the default of `None` takes `0.8 / sqrt(d)`: the noise has d
+      components, and particles do not agree once s is much above `1 / sqrt(d)`.
+    - `floor`, `truncated`: as in [`Anisotropic`][], on |u|.
+    """
+
+    s: float | None = None
+    floor: float = 0.0
+    truncated: float = float("inf")
+
+    def strength(self, d: int) -> Any:
+        return 0.8 / np.sqrt(d) if self.s is None else self.s
+
+    def __call__(
+        self, key: PRNGKeyArray, u: Positions, drifted: Positions, scale: Float[Array, " d"]
+    ) -> Positions:
+        length = jnp.linalg.norm(u, axis=1, keepdims=True)
+        width = jnp.clip(length, self.floor * jnp.linalg.norm(scale), self.truncated)
+        return drifted + self.strength(u.shape[1]) * width * normal(key, u)
+
+    def contraction(self, drift: float, d: int) -> float:
+        rng = np.random.default_rng(0)
+        s = float(self.strength(d))
+        along = 1 - drift + s * rng.normal(size=50_000)
+        across = s**2 * rng.chisquare(d - 1, size=50_000) if d > 1 else 0.0
+        return float(0.5 * np.mean(np.log(along**2 + across)))
