@@ -11,6 +11,7 @@ from benchmarks import frame
 # The one place to add a benchmark: its name and the module that lists its GROUPS.
 BENCHMARKS = {
     "bilevel": "benchmarks.bilevel",
+    "cbo": "benchmarks.cbo",
 }
 
 
