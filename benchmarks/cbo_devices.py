@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.frame import Bar, Group, Measured
+from benchmarks.frame import Bar, Group, Measured, Settings
 
 COUNTS = (1, 2, 4, 8)
 D, STEPS = 20, 50
@@ -58,10 +59,11 @@ def write(path: str, *particles: str) -> None:
     import jax
 
     jax.config.update("jax_enable_x64", True)
-    cases = itertools.product((0, *COUNTS), KINDS, map(int, particles))
-    np.savez(
-        path, **{f"{n} {kind} {many}": last_particles(n, kind, many) for n, kind, many in cases}
-    )
+    arrays: dict[str, Any] = {
+        f"{count} {kind} {many}": last_particles(count, kind, int(many))
+        for count, kind, many in itertools.product((0, *COUNTS), KINDS, particles)
+    }
+    np.savez(path, **arrays)
 
 
 def all_runs(particles: tuple[int, ...]) -> dict[str, np.ndarray]:

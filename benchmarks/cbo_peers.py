@@ -98,6 +98,7 @@ def cbx_run(
     """The published package with anisotropic noise, nothing tracked and nothing scheduled; x of
     shape (runs, particles, d)."""
     from cbx.dynamics import CBO
+    from cbx.scheduler import scheduler
 
     dynamic = CBO(
         fun,
@@ -113,7 +114,7 @@ def cbx_run(
         verbosity=0,
         seed=seed,
     )
-    dynamic.optimize(sched=None)
+    dynamic.optimize(sched=scheduler([]))  # pyright: ignore[reportArgumentType]
     return dynamic
 
 
