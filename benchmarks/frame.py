@@ -145,8 +145,17 @@ def last_line(result: Mapping[str, Any]) -> str:
 
 
 def save(name: str, result: Mapping[str, Any]) -> Path:
-    """Write figures, samples and details to `benchmarks/results`."""
+    """Write figures, samples and details to `benchmarks/results`. Groups that were not measured this
+    time keep what the file says of them, if it is of the same seeds and versions."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}{'-quick' if result['quick'] else ''}.json"
-    path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    whole = dict(result)
+    if path.exists():
+        before = json.loads(path.read_text())
+        if all(before[key] == result[key] for key in ("seeds", "versions", "quick")):
+            for key in ("figures", "details", "seconds", "errors"):
+                whole[key] = {**before[key], **result[key]}
+            for group in result["seconds"].keys() - result["errors"].keys():
+                whole["errors"].pop(group, None)
+    path.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
     return path

@@ -15,7 +15,7 @@ COST = 5_000
 def spreads(seed: int, settings: Settings) -> tuple[float, float, dict]:
     """Largest over smallest cost to the common target (the lowest final loss, up to a thousandth of
     what it gained), and the relative spread of final losses."""
-    ready = tv_denoising(seed, *((32, 4) if settings.quick else (64, 10)))
+    ready = tv_denoising(seed, 32, 4 if settings.quick else 10)
     loss = Loss(ready.problem)
     runs = {}
     for tolerance, step in itertools.product(TOLERANCES, STEPS):

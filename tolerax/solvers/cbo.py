@@ -18,6 +18,7 @@ from tolerax.inner.particles import distributed
 from tolerax.solvers._common import Box
 from tolerax.solvers.consensus import Agreement, Anisotropic, Consensus, HardMinimum, Noise
 from tolerax.status import PointStatus, Status
+from tolerax.validation import is_concrete
 
 Positions = Float[Array, "n d"]
 PROBE_LADDER = 12.0  # halvings from the spread of the start down to the smallest probe
@@ -107,7 +108,7 @@ class CBO(Solver):
         if self.batch is not None and not 0 < self.batch <= self.particles:
             raise ValueError(f"batch is {self.batch!r}: give 1 to {self.particles} particles.")
         for leaf in jax.tree.leaves(self.ensemble):
-            if not isinstance(leaf, jax.core.Tracer) and not np.isfinite(np.asarray(leaf)).all():
+            if is_concrete(leaf) and not np.isfinite(np.asarray(leaf)).all():
                 raise ValueError("ensemble has entries that are not finite: leave them out.")
         for name in ("drift", "dt", "penalty", "tol"):
             value = getattr(self, name)
@@ -156,15 +157,14 @@ class CBO(Solver):
     def _warn(self, d: int) -> None:
         """Say so when noise beats drift: then particles never agree."""
         leaves = jax.tree.leaves((self.noise, self.drift, self.dt))
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if not is_concrete(leaves):
             return
         growth = self.noise.contraction(float(self.drift * self.dt), d)
         if growth >= 0:
             warnings.warn(
                 f"noise is {self.noise}: with drift * dt = {float(self.drift * self.dt):.3g} the "
                 f"distance to the consensus grows by a factor {2.718281828**growth:.3g} a step in "
-                "the mean, so particles will not agree. Take a smaller s (below about 1.57 for "
-                "Anisotropic, 1 / sqrt(d) for Isotropic).",
+                "the mean, so particles will not agree. Take a smaller s, or a larger drift * dt.",
                 stacklevel=2,
             )
 
@@ -183,13 +183,13 @@ class CBO(Solver):
                     f"axis of particles={n}, so of shapes {wanted}."
                 )
             x = jax.vmap(lambda point: ravel_pytree(point)[0])(self.ensemble).astype(x0.dtype)
-            outside = jnp.any((x < box.lower) | (x > box.upper))
+            outside = jnp.any((x < box.lower[None]) | (x > box.upper[None]))
             return eqx.error_if(x, outside, "ensemble has particles outside the bounds.")
         uniform, gaussian = jax.random.split(key)
         sigma = ravel_pytree(self._spread_like(start.x))[0]
-        around = x0 + sigma * jax.random.normal(gaussian, (n, d), x0.dtype)
+        around = x0[None] + sigma[None] * jax.random.normal(gaussian, (n, d), x0.dtype)
         low, high = (jnp.where(bounded, side, 0) for side in (box.lower, box.upper))
-        within = low + (high - low) * jax.random.uniform(uniform, (n, d), x0.dtype)
+        within = low[None] + (high - low)[None] * jax.random.uniform(uniform, (n, d), x0.dtype)
         x = jnp.where(bounded, within, around)
         # The start point is one of them.
         return x.at[0].set(x0)
@@ -230,7 +230,7 @@ class CBO(Solver):
         direction = jax.random.normal(key, (count, state.best_x.size), jnp.float32)
         exponent = -PROBE_LADDER * jnp.arange(count) / count
         length = (2.0**exponent).astype(state.x.dtype)[:, None]
-        points = state.best_x + length * state.scale * direction.astype(state.x.dtype)
+        points = state.best_x[None] + length * state.scale[None] * direction.astype(state.x.dtype)
         return jax.vmap(self._feasible(state.box))(points)
 
     def ask(self, state: CBOState) -> Query:
@@ -299,10 +299,10 @@ class CBO(Solver):
         placed = jax.lax.cond(jnp.all(ok), lambda: x, lambda: _replaced(x, ok, copy_key))
         u = placed - m
         drifted = (1 - self.drift * self.dt) * u
-        if memory is not None:
+        if memory is not None and self.memory is not None:
             pull = jnp.where(ok[:, None], placed - anchor, 0)
             drifted = drifted - self.memory * self.dt * pull
-        if gradient is not None:
+        if gradient is not None and self.gradient is not None:
             usable = ok[:, None] & jnp.isfinite(gradient)
             drifted = drifted - self.gradient * self.dt * jnp.where(usable, gradient, 0)
         moved = m + self.noise(noise_key, u, drifted, state.scale)
@@ -312,16 +312,16 @@ class CBO(Solver):
         width = jnp.max(jnp.mean(jnp.abs(u), axis=0))
         if members is not None:
             moved = state.x.at[members].set(moved)
-        if memory is not None:
+        if memory is not None and members is None:
             memory = (anchor, anchor_energy)
-            if members is not None:
-                whole, energies = state.memory
-                memory = (whole.at[members].set(anchor), energies.at[members].set(anchor_energy))
+        elif memory is not None:
+            whole, energies = memory
+            memory = (whole.at[members].set(anchor), energies.at[members].set(anchor_energy))
         return dataclasses.replace(
             state,
             x=distributed(moved, self.sharding),
             memory=memory,
-            consensus=m if m.ndim == 1 else jnp.mean(m, axis=0),
+            consensus=jnp.mean(m, axis=0),
             effective=agreed.effective,
             width=width,
             step=state.step + 1,

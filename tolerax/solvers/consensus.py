@@ -23,7 +23,7 @@ Scalar = Float[Array, ""]
 
 
 class Agreement(eqx.Module):
-    """The consensus of a step: `point` of shape (d,), or (N, d) where each particle has its own;
+    """The consensus of a step: `point` of shape (1, d), or (N, d) where each particle has its own;
     `effective` is the effective sample size `(sum w)^2 / sum w^2` of the weights."""
 
     point: Array
@@ -48,6 +48,12 @@ def _shifted(energy: Energies) -> Energies:
     )
 
 
+def _height(shifted: Energies) -> Scalar:
+    """The median of the finite ones, 1 where that is 0: a mean would follow a few far particles."""
+    middle = jnp.nanmedian(jnp.where(shifted < jnp.inf, shifted, jnp.nan))
+    return jnp.where(middle > 0, middle, 1)
+
+
 def _boltzmann(alpha: Array, shifted: Energies) -> Energies:
     """`exp(-alpha E)`: 0 for infinite E, 1 for E = 0, whatever alpha is."""
     return jnp.where(shifted > 0, jnp.exp(-alpha * shifted), jnp.ones_like(shifted)) * (
@@ -57,7 +63,7 @@ def _boltzmann(alpha: Array, shifted: Energies) -> Energies:
 
 def _agree(x: Positions, w: Energies, over: Any) -> Agreement:
     s, squares = total(w, over), total(w * w, over)
-    return Agreement(weighted_mean(w, x, over), s * s / squares)
+    return Agreement(weighted_mean(w, x, over)[None], s * s / squares)
 
 
 class HardMinimum(Consensus):
@@ -71,7 +77,7 @@ class HardMinimum(Consensus):
         self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
     ) -> Agreement:
         del violation, step, over
-        return Agreement(x[jnp.argmin(energy)], jnp.ones((), x.dtype))
+        return Agreement(x[jnp.argmin(energy)][None], jnp.ones((), x.dtype))
 
 
 class SoftConsensus(Consensus):
@@ -79,7 +85,7 @@ class SoftConsensus(Consensus):
 
     - `alpha`: the inverse temperature; multiplied by `growth` in every step, so that the consensus
       hardens late in the run.
-    - `standardized`: energies are divided by their mean height above the lowest one, which makes
+    - `standardized`: energies are divided by their median height above the lowest one, which makes
       alpha independent of their unit.
     """
 
@@ -100,10 +106,7 @@ class SoftConsensus(Consensus):
         shifted = _shifted(energy)
         alpha = self.alpha * jnp.asarray(self.growth, x.dtype) ** step
         if self.standardized:
-            finite = shifted < jnp.inf
-            count = jnp.maximum(jnp.sum(finite), 1)
-            height = total(jnp.where(finite, shifted, 0), over) / count
-            alpha = alpha / jnp.where(height > 0, height, 1)
+            alpha = alpha / _height(shifted)
         return _agree(x, _boltzmann(alpha, shifted), over)
 
 
@@ -124,12 +127,10 @@ class EffectiveSampleSize(Consensus):
     def weights(self, energy: Energies, over: Any) -> Energies:
         """The weights alone."""
         shifted = _shifted(energy)
-        finite = shifted < jnp.inf
-        count = jnp.maximum(jnp.sum(finite), 1)
-        height = total(jnp.where(finite, shifted, 0), over) / count
-        unit = jnp.where(height > 0, height, 1)
+        count = jnp.maximum(jnp.sum(shifted < jnp.inf), 1)
+        unit = _height(shifted)
 
-        def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = ends
             middle = 0.5 * (low + high)
             w = _boltzmann(jnp.exp(middle) / unit, shifted)
@@ -163,9 +164,7 @@ class Polarized(Consensus):
     ) -> Agreement:
         del violation, step
         shifted = _shifted(energy)
-        finite = shifted < jnp.inf
-        height = total(jnp.where(finite, shifted, 0), over) / jnp.maximum(jnp.sum(finite), 1)
-        log_w = -self.alpha * shifted / jnp.where(height > 0, height, 1)
+        log_w = -self.alpha * shifted / _height(shifted)
         squares = jnp.sum(x * x, axis=1)
         apart = jnp.maximum(squares[:, None] + squares[None, :] - 2 * x @ x.T, 0)
         k = jax.nn.softmax(log_w[None, :] - apart / (2 * self.kappa**2), axis=1)
@@ -217,7 +216,7 @@ class Anisotropic(Noise):
 
     - `s`: the strength of a step. Particles agree while `E log|1 - lambda dt + s xi| < 0`, that is
       up to about s = 1.57.
-    - `jumps`: the mean number of jumps of a particle in a step. A jump sets one coordinate to that
+    - `jumps`: the mean number of jumps of a particle in a step, at most 0.01 d. A jump sets one coordinate to that
       of the consensus plus `jump_scale` times the spread of the start times xi: multiplicative
       noise alone never brings back a coordinate that all particles agree on. (Jump diffusion as of
       Kalise, Sharma, Tretyakov, *M3AS* 33, 2023, with a width that does not vanish.) 0 for none.
@@ -242,16 +241,17 @@ class Anisotropic(Noise):
     ) -> Positions:
         key, which, when = jax.random.split(key, 3)
         xi = normal(key, u)
-        width = jnp.clip(jnp.abs(u), self.floor * scale, self.truncated)
+        width = jnp.clip(jnp.abs(u), self.floor * scale[None], self.truncated)
         n, d = u.shape
         moved = drifted + self.s * width * xi
         if isinstance(self.jumps, float | int) and self.jumps == 0:
             return moved
-        jumping = jax.random.uniform(when, (n,)) < self.jumps
+        # A jump is forgotten after about 50 steps: with more of them particles never agree.
+        jumping = jax.random.uniform(when, (n,)) < jnp.minimum(self.jumps, 0.01 * d)
         column = jnp.where(jumping, jax.random.randint(which, (n,), 0, d), -1)
         # The best particle is the consensus itself: it stays.
-        here = (jnp.arange(d) == column[:, None]) & jnp.any(u != 0, axis=1, keepdims=True)
-        return jnp.where(here, self.jump_scale * scale * xi, moved)
+        here = (jnp.arange(d)[None] == column[:, None]) & jnp.any(u != 0, axis=1, keepdims=True)
+        return jnp.where(here, self.jump_scale * scale[None] * xi, moved)
 
     def contraction(self, drift: float, d: int) -> float:
         del d
@@ -262,28 +262,25 @@ class Anisotropic(Noise):
 class Isotropic(Noise):
     """Noise `s |u| xi` (Pinnau and others 2017), the same in all directions.
 
-    - `s`: the strength of a step; the default of `None` takes `0.8 / sqrt(d)`: the noise has d
-      components, and particles do not agree once s is much above `1 / sqrt(d)`.
+    - `s`: the strength of a step. In two and more dimensions this noise drives particles apart, and
+      the drift has to make up for it: about `s^2 (d - 2) < 2 lambda dt`.
     - `floor`, `truncated`: as in [`Anisotropic`][], on |u|.
     """
 
-    s: float | None = None
+    s: float
     floor: float = 0.0
     truncated: float = float("inf")
-
-    def strength(self, d: int) -> Any:
-        return 0.8 / np.sqrt(d) if self.s is None else self.s
 
     def __call__(
         self, key: PRNGKeyArray, u: Positions, drifted: Positions, scale: Float[Array, " d"]
     ) -> Positions:
         length = jnp.linalg.norm(u, axis=1, keepdims=True)
         width = jnp.clip(length, self.floor * jnp.linalg.norm(scale), self.truncated)
-        return drifted + self.strength(u.shape[1]) * width * normal(key, u)
+        return drifted + self.s * width * normal(key, u)
 
     def contraction(self, drift: float, d: int) -> float:
         rng = np.random.default_rng(0)
-        s = float(self.strength(d))
+        s = float(self.s)
         along = 1 - drift + s * rng.normal(size=50_000)
         across = s**2 * rng.chisquare(d - 1, size=50_000) if d > 1 else 0.0
         return float(0.5 * np.mean(np.log(along**2 + across)))
