@@ -3,6 +3,7 @@
 Each takes points z of shape (..., d) and has its minimum 0 at z = 0.
 """
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -54,28 +55,38 @@ class Moved(eqx.Module):
         return jax.tree.map(np.asarray, self)
 
 
-Draw = Callable[[PRNGKeyArray, int], Moved]  # a function of d unknowns, drawn from a key
+class Draw(eqx.Module):
+    """A function of d unknowns, drawn from a key."""
+
+    fun: Callable = eqx.field(static=True)
+
+    @abc.abstractmethod
+    def __call__(self, key: PRNGKeyArray, d: int) -> Moved: ...
 
 
-def shifted(fun: Callable, shift: float) -> Draw:
+class Shifted(Draw):
     """Always the same shift, in every coordinate."""
-    return lambda key, d: Moved(fun, jnp.full(d, shift))
+
+    by: Any = eqx.field(converter=jnp.asarray, default=1.0)
+
+    def __call__(self, key: PRNGKeyArray, d: int) -> Moved:
+        return Moved(self.fun, jnp.full(d, self.by))
 
 
-def shifted_anyhow(fun: Callable) -> Draw:
+class ShiftedAnyhow(Draw):
     """A shift drawn uniformly from [-FAR, FAR]^d."""
-    return lambda key, d: Moved(fun, jax.random.uniform(key, (d,), minval=-FAR, maxval=FAR))
+
+    def __call__(self, key: PRNGKeyArray, d: int) -> Moved:
+        return Moved(self.fun, jax.random.uniform(key, (d,), minval=-FAR, maxval=FAR))
 
 
-def rotated(fun: Callable) -> Draw:
-    """A shift as in `shifted_anyhow` and a random rotation."""
+class Rotated(Draw):
+    """A shift as in `ShiftedAnyhow` and a random rotation."""
 
-    def draw(key: PRNGKeyArray, d: int) -> Moved:
+    def __call__(self, key: PRNGKeyArray, d: int) -> Moved:
         shift, turn = jax.random.split(key)
-        moved = shifted_anyhow(fun)(shift, d)
-        return Moved(fun, moved.shift, jax.random.orthogonal(turn, d))
-
-    return draw
+        moved = ShiftedAnyhow(self.fun)(shift, d)
+        return Moved(self.fun, moved.shift, jax.random.orthogonal(turn, d))
 
 
 class Failing(eqx.Module):

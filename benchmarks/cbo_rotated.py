@@ -1,6 +1,6 @@
 """Shifted and rotated functions, where no coordinate can be found by itself."""
 
-from benchmarks.cbo_functions import Draw, griewank, rastrigin, rotated
+from benchmarks.cbo_functions import Draw, Rotated, griewank, rastrigin
 from benchmarks.cbo_peers import beside
 from benchmarks.cbo_runs import Case, success
 from benchmarks.frame import Bar, Group, Measured, Settings
@@ -25,9 +25,9 @@ def measure(settings: Settings) -> dict[str, Measured]:
         return Measured(found.samples, value=found.figure, detail={**found.detail, "peers": peers})
 
     return {
-        "rotated_d10": one("rotated_d10", rotated(rastrigin), 10),
-        "griewank_d10": one("griewank_d10", rotated(griewank), 10),
-        "rotated_d20": one("rotated_d20", rotated(rastrigin), 20),
+        "rotated_d10": one("rotated_d10", Rotated(rastrigin), 10),
+        "griewank_d10": one("griewank_d10", Rotated(griewank), 10),
+        "rotated_d20": one("rotated_d20", Rotated(rastrigin), 20),
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,11 @@ from tolerax.status import Status
 
 WITHIN = 0.25  # the largest error of a coordinate at a success
 KEYS_PER_SEED = 20  # the five seeds of a full run are the keys 0 to 99
+
+
+def unchanged(fun: Any) -> Any:
+    """The function itself."""
+    return fun
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Case:
     each_quick: int = KEYS_PER_SEED
     ensemble: bool = True
     below: float = math.inf
-    wrap: Callable[[Any], Any] = lambda fun: fun
+    wrap: Callable[[Any], Any] = unchanged
 
 
 @dataclass
@@ -68,20 +74,25 @@ def start(key: PRNGKeyArray, particles: int, d: int) -> jax.Array:
     return jax.random.uniform(key, (particles, d), minval=-BOX, maxval=BOX)
 
 
-def solved(case: Case, keys: PRNGKeyArray) -> dict[str, Any]:
-    """One run for each key."""
+@eqx.filter_jit
+def solved(
+    draw: Draw,
+    wrap: Callable[[Any], Any],
+    solver: tolerax.CBO,
+    keys: PRNGKeyArray,
+    d: int,
+    steps: int,
+    ensemble: bool,
+) -> dict[str, Any]:
+    """One run for each key, compiled once for all seeds and shifts."""
 
     def one(key: PRNGKeyArray) -> dict[str, Any]:
         drawn, placed, run = jax.random.split(key, 3)
-        fun, solver = case.draw(drawn, case.d), case.solver
-        if case.ensemble:
-            solver = dataclasses.replace(solver, ensemble=start(placed, solver.particles, case.d))
+        fun, ready = draw(drawn, d), solver
+        if ensemble:
+            ready = dataclasses.replace(solver, ensemble=start(placed, solver.particles, d))
         solution = tolerax.solve(
-            tolerax.Objective(case.wrap(fun)),
-            solver,
-            jnp.zeros(case.d),
-            key=run,
-            max_steps=case.steps,
+            tolerax.Objective(wrap(fun)), ready, jnp.zeros(d), key=run, max_steps=steps
         )
         return {
             "error": jnp.max(jnp.abs(solution.x - fun.shift)),
@@ -90,7 +101,7 @@ def solved(case: Case, keys: PRNGKeyArray) -> dict[str, Any]:
             "agreed": solution.status == Status.consensus,
         }
 
-    return jax.jit(jax.vmap(one))(keys)
+    return jax.vmap(one)(keys)
 
 
 def wilson(successes: int, runs: int, z: float = 1.96) -> tuple[float, float]:
@@ -123,7 +134,10 @@ def success(case: Case, settings: Settings) -> Measured:
     for seed in settings.seeds:
         count = case.each_quick if settings.quick else case.each
         before = len(found.error)
-        found.add(solved(case, keys_of(seed, count)))
+        keys = keys_of(seed, count)
+        found.add(
+            solved(case.draw, case.wrap, case.solver, keys, case.d, case.steps, case.ensemble)
+        )
         rates.append(float(np.mean(found.successes(case.below)[before:])))
     detail = described(found, case.below)
     low, high = detail["wilson"]

@@ -4,10 +4,10 @@ import dataclasses
 
 from benchmarks.cbo_functions import (
     Failing,
+    Shifted,
+    ShiftedAnyhow,
     ackley,
     rastrigin,
-    shifted,
-    shifted_anyhow,
     sphere,
 )
 from benchmarks.cbo_peers import beside
@@ -16,7 +16,7 @@ from benchmarks.frame import Bar, Group, Measured, Settings
 from tolerax import CBO
 
 SHIFTS = (0.0, 1.0, 2.0)
-D10 = Case("rastrigin_d10", shifted(rastrigin, 1.0), 10, CBO(particles=100), 600)
+D10 = Case("rastrigin_d10", Shifted(rastrigin, 1.0), 10, CBO(particles=100), 600)
 
 
 def over_shifts(name: str, steps: int, settings: Settings) -> Measured:
@@ -25,7 +25,7 @@ def over_shifts(name: str, steps: int, settings: Settings) -> Measured:
         {
             f"B = {b:g}": success(
                 Case(
-                    f"{name}, B = {b:g}", shifted(rastrigin, b), 20, CBO(particles=100), steps,
+                    f"{name}, B = {b:g}", Shifted(rastrigin, b), 20, CBO(particles=100), steps,
                     each_quick=10,
                 ),
                 settings,
@@ -36,9 +36,9 @@ def over_shifts(name: str, steps: int, settings: Settings) -> Measured:
 
 
 def measure_rastrigin(settings: Settings) -> dict[str, Measured]:
-    notebook = Case("rastrigin_d20_notebook", shifted(rastrigin, 1.0), 20, CBO(particles=40), 5000)
+    notebook = Case("rastrigin_d20_notebook", Shifted(rastrigin, 1.0), 20, CBO(particles=40), 5000)
     d20 = over_shifts("rastrigin_d20", 1000, settings)
-    peers = beside(shifted(rastrigin, 1.0), 20, 100_000, settings)
+    peers = beside(Shifted(rastrigin, 1.0), 20, 100_000, settings)
     return {
         "rastrigin_d10": success(D10, settings),
         "rastrigin_d20": Measured(d20.samples, d20.value, {**d20.detail, "peers": peers}),
@@ -48,7 +48,7 @@ def measure_rastrigin(settings: Settings) -> dict[str, Measured]:
 
 
 def measure_ackley(settings: Settings) -> dict[str, Measured]:
-    draw = shifted(ackley, 1.0)
+    draw = Shifted(ackley, 1.0)
     d20 = Case("ackley_d20", draw, 20, CBO(particles=100), 1000, below=1e-2)
     d100 = Case("ackley_d100", draw, 100, CBO(particles=100), 3000, each_quick=4)
     return {"ackley_d20": success(d20, settings), "ackley_d100": success(d100, settings)}
@@ -56,7 +56,7 @@ def measure_ackley(settings: Settings) -> dict[str, Measured]:
 
 def measure_d100(settings: Settings) -> dict[str, Measured]:
     case = Case(
-        "rastrigin_d100", shifted(rastrigin, 1.0), 100, CBO(particles=1000), 10_000,
+        "rastrigin_d100", Shifted(rastrigin, 1.0), 100, CBO(particles=1000), 10_000,
         each=2, each_quick=1,
     )  # fmt: skip
     return {"rastrigin_d100": success(case, settings)}
@@ -64,7 +64,7 @@ def measure_d100(settings: Settings) -> dict[str, Measured]:
 
 def measure_sphere(settings: Settings) -> dict[str, Measured]:
     """Nothing chosen but the start at 0: not particles, nor spread, nor where the run ends."""
-    draw = shifted_anyhow(sphere)
+    draw = ShiftedAnyhow(sphere)
     rates = {}
     for d in (2, 5, 10, 20, 50, 100):
         quick = 10 if d < 50 else 4

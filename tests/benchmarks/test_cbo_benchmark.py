@@ -12,12 +12,12 @@ from benchmarks import cbo, cbo_devices, cbo_peers, cbo_runs, cbo_speed
 from benchmarks.cbo_functions import (
     Failing,
     Moved,
+    Rotated,
+    Shifted,
+    ShiftedAnyhow,
     ackley,
     griewank,
     rastrigin,
-    rotated,
-    shifted,
-    shifted_anyhow,
     sphere,
 )
 from benchmarks.cbo_runs import Case, Found, success, wilson, worst
@@ -30,7 +30,7 @@ FUNCTIONS = (sphere, rastrigin, ackley, griewank)
 @pytest.mark.parametrize("fun", FUNCTIONS)
 def test_functions_vanish_at_zero_alone_and_are_the_same_for_numpy(fun):
     key = jax.random.key(1)
-    moved = rotated(fun)(key, 4)
+    moved = Rotated(fun)(key, 4)
     assert moved.rotation @ moved.rotation.T == pytest.approx(np.eye(4), abs=1e-12)
     # Ackley's exponentials cancel to rounding times their size of 20.
     assert float(moved(moved.shift)) == pytest.approx(0, abs=1e-13)
@@ -53,8 +53,8 @@ def test_known_values():
 
 def test_shifts():
     key = jax.random.key(0)
-    assert shifted(sphere, 2.0)(key, 3).shift.tolist() == [2.0] * 3
-    drawn = jax.vmap(lambda key: shifted_anyhow(sphere)(key, 5).shift)(jax.random.split(key, 50))
+    assert Shifted(sphere, 2.0)(key, 3).shift.tolist() == [2.0] * 3
+    drawn = jax.vmap(lambda key: ShiftedAnyhow(sphere)(key, 5).shift)(jax.random.split(key, 50))
     assert -2 <= float(drawn.min()) < -1.5
     assert 1.5 < float(drawn.max()) <= 2
 
@@ -92,7 +92,7 @@ def test_a_success_is_near_in_every_coordinate_and_low():
 
 
 def test_runs_are_counted():
-    case = Case("easy", shifted(sphere, 1.0), 2, tolerax.CBO(particles=20), 100, each_quick=3)
+    case = Case("easy", Shifted(sphere, 1.0), 2, tolerax.CBO(particles=20), 100, each_quick=3)
     easy = success(case, QUIET)
     assert easy.figure == 1.0
     assert easy.detail["runs"] == 3
@@ -124,8 +124,8 @@ def test_peers_find_the_minimum_of_a_sphere(name):
 
 def test_a_full_benchmark_reports_its_peers():
     full = dataclasses.replace(QUIET, quick=False)
-    assert cbo_peers.beside(shifted(sphere, 1.0), 2, 1_000, QUIET) == {}
-    rows = cbo_peers.beside(shifted(sphere, 1.0), 2, 1_000, full)
+    assert cbo_peers.beside(Shifted(sphere, 1.0), 2, 1_000, QUIET) == {}
+    rows = cbo_peers.beside(Shifted(sphere, 1.0), 2, 1_000, full)
     assert set(rows) == set(cbo_peers.PEERS)
     assert {row["runs"] for row in rows.values()} == {cbo_peers.EACH}
 
