@@ -4,11 +4,13 @@ from tolerax.solvers.cbo import CBO as CBO
 from tolerax.solvers.cbo import Sphere as Sphere
 from tolerax.solvers.cbo import Stiefel as Stiefel
 from tolerax.solvers.consensus import Anisotropic as Anisotropic
+from tolerax.solvers.consensus import Covariance as Covariance
 from tolerax.solvers.consensus import EffectiveSampleSize as EffectiveSampleSize
 from tolerax.solvers.consensus import HardMinimum as HardMinimum
 from tolerax.solvers.consensus import Isotropic as Isotropic
 from tolerax.solvers.consensus import Polarized as Polarized
 from tolerax.solvers.consensus import Quantile as Quantile
+from tolerax.solvers.consensus import RankWeights as RankWeights
 from tolerax.solvers.consensus import SoftConsensus as SoftConsensus
 from tolerax.solvers.hoag import HOAG as HOAG
 from tolerax.solvers.line_search import InexactLineSearch as InexactLineSearch

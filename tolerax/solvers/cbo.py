@@ -28,6 +28,7 @@ class CBOState(eqx.Module):
     """What evolves: the particles, their consensus, the best of the memory, the mode."""
 
     x: Positions
+    noise: Any
     memory: tuple[Positions, Float[Array, " n"]] | None
     consensus: Float[Array, " d"]
     best: Float[Array, ""]
@@ -60,8 +61,9 @@ class CBO(Solver):
 
     - `particles`: N. The steps needed grow slower than the dimension; N = 100 serves to about 100.
     - `consensus`: [`HardMinimum`][], [`SoftConsensus`][], [`EffectiveSampleSize`][],
-      [`Polarized`][] or [`Quantile`][].
-    - `noise`: [`Anisotropic`][] or [`Isotropic`][].
+      [`RankWeights`][], [`Polarized`][] or [`Quantile`][].
+    - `noise`: [`Anisotropic`][], [`Isotropic`][] or [`Covariance`][]. For landscapes that are
+      rotated or badly scaled: `CBO(particles=750, consensus=RankWeights(), noise=Covariance())`.
     - `drift`: lambda; `dt`: the time step.
     - `spread`: the particles start normally distributed about `x0` with this standard deviation (a
       pytree like x, or a number); uniformly within the bounds where all of them are finite.
@@ -137,6 +139,7 @@ class CBO(Solver):
         memory = None if self.memory is None else (x, jnp.full(self.particles, jnp.inf, x.dtype))
         return CBOState(
             x=x,
+            noise=self.noise.init(x),
             memory=memory,
             consensus=x0,
             best=inf,
@@ -305,7 +308,8 @@ class CBO(Solver):
         if gradient is not None and self.gradient is not None:
             usable = ok[:, None] & jnp.isfinite(gradient)
             drifted = drifted - self.gradient * self.dt * jnp.where(usable, gradient, 0)
-        moved = m + self.noise(noise_key, u, drifted, state.scale)
+        noise_memory = self.noise.update(state.noise, placed, agreed)
+        moved = m + self.noise(noise_key, u, drifted, state.scale, noise_memory)
         moved = jax.vmap(self._feasible(state.box))(moved)
         close = jnp.abs(u) <= self.tol * (1 + jnp.abs(m))
         agree = jnp.min(jnp.mean(close & ok[:, None], axis=0)) >= 0.5
@@ -320,6 +324,7 @@ class CBO(Solver):
         return dataclasses.replace(
             state,
             x=distributed(moved, self.sharding),
+            noise=noise_memory,
             memory=memory,
             consensus=jnp.mean(m, axis=0),
             effective=agreed.effective,

@@ -24,10 +24,12 @@ Scalar = Float[Array, ""]
 
 class Agreement(eqx.Module):
     """The consensus of a step: `point` of shape (1, d), or (N, d) where each particle has its own;
-    `effective` is the effective sample size `(sum w)^2 / sum w^2` of the weights."""
+    `effective` is the effective sample size `(sum w)^2 / sum w^2` of the `weights` (of shape (N,),
+    `None` where each particle has its own)."""
 
     point: Array
     effective: Scalar
+    weights: Energies | None = None
 
 
 class Consensus(eqx.Module):
@@ -63,7 +65,7 @@ def _boltzmann(alpha: Array, shifted: Energies) -> Energies:
 
 def _agree(x: Positions, w: Energies, over: Any) -> Agreement:
     s, squares = total(w, over), total(w * w, over)
-    return Agreement(weighted_mean(w, x, over)[None], s * s / squares)
+    return Agreement(weighted_mean(w, x, over)[None], s * s / squares, w / s)
 
 
 class HardMinimum(Consensus):
@@ -77,7 +79,9 @@ class HardMinimum(Consensus):
         self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
     ) -> Agreement:
         del violation, step, over
-        return Agreement(x[jnp.argmin(energy)][None], jnp.ones((), x.dtype))
+        best = jnp.argmin(energy)
+        alone = (jnp.arange(x.shape[0]) == best).astype(x.dtype)
+        return Agreement(x[best][None], jnp.ones((), x.dtype), alone)
 
 
 class SoftConsensus(Consensus):
@@ -108,6 +112,23 @@ class SoftConsensus(Consensus):
         if self.standardized:
             alpha = alpha / _height(shifted)
         return _agree(x, _boltzmann(alpha, shifted), over)
+
+
+class RankWeights(Consensus):
+    """Weights `log(N/2 + 1/2) - log(rank)` of the better half, 0 for the rest: only the order of
+    the energies counts. (Hansen, *The CMA evolution strategy: a tutorial*, arXiv 1604.00772.)
+    """
+
+    def __call__(
+        self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
+    ) -> Agreement:
+        del violation, step
+        count = jnp.maximum(jnp.sum(energy < jnp.inf), 1)
+        rank = (jnp.argsort(jnp.argsort(energy)) + 1).astype(x.dtype)
+        w = jnp.maximum(jnp.log(0.5 * count + 0.5) - jnp.log(rank), 0)
+        # A single particle has rank 1 and the whole weight.
+        w = jnp.where((rank == 1) & (count == 1), 1, w) * (energy < jnp.inf)
+        return _agree(x, w, over)
 
 
 class EffectiveSampleSize(Consensus):
@@ -197,9 +218,24 @@ class Quantile(Consensus):
 class Noise(eqx.Module):
     """A random displacement whose size follows the distance u to the consensus."""
 
+    def init(self, x: Positions) -> Any:
+        """What the noise remembers, for particles that start at x."""
+        del x
+        return None
+
+    def update(self, memory: Any, x: Positions, agreed: Agreement) -> Any:
+        """What the noise remembers once particles at x have agreed."""
+        del x, agreed
+        return memory
+
     @abc.abstractmethod
     def __call__(
-        self, key: PRNGKeyArray, u: Positions, drifted: Positions, scale: Float[Array, " d"]
+        self,
+        key: PRNGKeyArray,
+        u: Positions,
+        drifted: Positions,
+        scale: Float[Array, " d"],
+        memory: Any,
     ) -> Positions:
         """Where particles go from `drifted`, where the drift took them; both are relative to the
         consensus. `scale` is the spread of the start in every coordinate."""
@@ -216,10 +252,11 @@ class Anisotropic(Noise):
 
     - `s`: the strength of a step. Particles agree while `E log|1 - lambda dt + s xi| < 0`, that is
       up to about s = 1.57.
-    - `jumps`: the mean number of jumps of a particle in a step, at most 0.01 d. A jump sets one coordinate to that
-      of the consensus plus `jump_scale` times the spread of the start times xi: multiplicative
-      noise alone never brings back a coordinate that all particles agree on. (Jump diffusion as of
-      Kalise, Sharma, Tretyakov, *M3AS* 33, 2023, with a width that does not vanish.) 0 for none.
+    - `jumps`: the mean number of jumps of a particle in a step, at most 0.01 d; 0 for none. A jump
+      sets one coordinate to that of the consensus plus `jump_scale` times the spread of the start
+      times xi: multiplicative noise alone never brings back a coordinate that all particles agree
+      on. (Jump diffusion as of Kalise, Sharma, Tretyakov, *M3AS* 33, 2023, with a width that does
+      not vanish.)
     - `floor`: the least |u_j| in the noise, relative to the spread of the start.
     - `truncated`: the largest |u_j| in the noise (arXiv 2310.16610).
     """
@@ -237,8 +274,14 @@ class Anisotropic(Noise):
                 raise ValueError(f"{name} is {value}: it must not be negative.")
 
     def __call__(
-        self, key: PRNGKeyArray, u: Positions, drifted: Positions, scale: Float[Array, " d"]
+        self,
+        key: PRNGKeyArray,
+        u: Positions,
+        drifted: Positions,
+        scale: Float[Array, " d"],
+        memory: Any,
     ) -> Positions:
+        del memory
         key, which, when = jax.random.split(key, 3)
         xi = normal(key, u)
         width = jnp.clip(jnp.abs(u), self.floor * scale[None], self.truncated)
@@ -272,8 +315,14 @@ class Isotropic(Noise):
     truncated: float = float("inf")
 
     def __call__(
-        self, key: PRNGKeyArray, u: Positions, drifted: Positions, scale: Float[Array, " d"]
+        self,
+        key: PRNGKeyArray,
+        u: Positions,
+        drifted: Positions,
+        scale: Float[Array, " d"],
+        memory: Any,
     ) -> Positions:
+        del memory
         length = jnp.linalg.norm(u, axis=1, keepdims=True)
         width = jnp.clip(length, self.floor * jnp.linalg.norm(scale), self.truncated)
         return drifted + self.s * width * normal(key, u)
@@ -284,3 +333,71 @@ class Isotropic(Noise):
         along = 1 - drift + s * rng.normal(size=50_000)
         across = s**2 * rng.chisquare(d - 1, size=50_000) if d > 1 else 0.0
         return float(0.5 * np.mean(np.log(along**2 + across)))
+
+
+class Shape(eqx.Module):
+    """What [`Covariance`][] remembers: the covariance, its Cholesky factor, the last consensus."""
+
+    covariance: Float[Array, "d d"]
+    factor: Float[Array, "d d"]
+    point: Float[Array, " d"]
+
+
+class Covariance(Noise):
+    """Noise in the shape of the weighted covariance C of the particles, for landscapes that are
+    rotated or badly scaled. Particles are drawn anew, `x = m + L xi` with `L L' = C`, so there is
+    no drift. To be used with [`RankWeights`][] and N = 750 particles (few where the problem is
+    easy, more for longer runs); a step costs O(N d^2 + d^3).
+
+    In every step `C <- (1 - c) C + c sum_i w_i (x_i - m')(x_i - m')'` with the *previous* consensus
+    m', so that C grows along a slope, and `c = min(rate, 2 mu / ((d + 2)^2 + mu))` for the
+    effective sample size mu. Then C is inflated by `exp(2 inflation (|L^-1 (m - m')| - sqrt(d / mu)))`: a
+    selection that means nothing would move the consensus by about sqrt(d / mu).
+
+    This is consensus-based sampling in its optimizing mode (Carrillo, Hoffmann, Stuart, Vaes, *SIAM
+    J. Sci. Comput.* 44, 2022) with a memory of the covariance, or CMA-ES without its paths.
+
+    - `rate`: the largest c. - `inflation`: the exponent; 0 for none.
+    """
+
+    rate: float = 0.4
+    inflation: float = 0.5
+
+    def init(self, x: Positions) -> Shape:
+        d = x.shape[1]
+        eye = jnp.eye(d, dtype=x.dtype)
+        middle = jnp.mean(x, axis=0)
+        variance = jnp.mean((x - middle[None]) ** 2)
+        return Shape(variance * eye, jnp.sqrt(variance) * eye, middle)
+
+    def update(self, memory: Shape, x: Positions, agreed: Agreement) -> Shape:
+        if agreed.weights is None:
+            raise ValueError("Covariance needs one consensus of all particles, not Polarized.")
+        d, mu, m = x.shape[1], agreed.effective, agreed.point[0]
+        away = x - memory.point[None]
+        seen = (agreed.weights[:, None] * away).T @ away
+        c = jnp.minimum(self.rate, 2 * mu / ((d + 2) ** 2 + mu))
+        covariance = (1 - c) * memory.covariance + c * seen
+        step = jax.scipy.linalg.solve_triangular(memory.factor, m - memory.point, lower=True)
+        excess = jnp.linalg.norm(step) - jnp.sqrt(d / mu)
+        covariance = covariance * jnp.exp(jnp.clip(2 * self.inflation * excess, -1, 1))
+        # Rounding must not take the definiteness away.
+        eps = jnp.finfo(x.dtype).eps
+        least = 500 * eps * jnp.trace(covariance) / d + jnp.finfo(x.dtype).tiny
+        covariance = covariance + least * jnp.eye(d, dtype=x.dtype)
+        return Shape(covariance, jnp.linalg.cholesky(covariance), m)
+
+    def __call__(
+        self,
+        key: PRNGKeyArray,
+        u: Positions,
+        drifted: Positions,
+        scale: Float[Array, " d"],
+        memory: Shape,
+    ) -> Positions:
+        del drifted, scale
+        return normal(key, u) @ memory.factor.T
+
+    def contraction(self, drift: float, d: int) -> float:
+        del drift, d
+        return -1.0  # the inflation follows the selection
