@@ -351,8 +351,9 @@ class Covariance(Noise):
 
     In every step `C <- (1 - c) C + c sum_i w_i (x_i - m')(x_i - m')'` with the *previous* consensus
     m', so that C grows along a slope, and `c = min(rate, 2 mu / ((d + 2)^2 + mu))` for the
-    effective sample size mu. Then C is inflated by `exp(2 inflation (|L^-1 (m - m')| - sqrt(d / mu)))`: a
-    selection that means nothing would move the consensus by about sqrt(d / mu).
+    effective sample size mu. Then C is inflated by the square of
+    `exp(inflation (|L^-1 (m - m')| - sqrt(d / mu)))`: a selection that means nothing would move the
+    consensus by about sqrt(d / mu).
 
     This is consensus-based sampling in its optimizing mode (Carrillo, Hoffmann, Stuart, Vaes, *SIAM
     J. Sci. Comput.* 44, 2022) with a memory of the covariance, or CMA-ES without its paths.

@@ -1,0 +1,205 @@
+"""The parts of consensus-based optimization against what they are defined as."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+
+import tolerax
+from tolerax import CBO, Objective
+from tolerax.inner.particles import blocks_of, total
+from tolerax.solvers import (
+    Anisotropic,
+    Covariance,
+    EffectiveSampleSize,
+    HardMinimum,
+    Isotropic,
+    Polarized,
+    Quantile,
+    RankWeights,
+    SoftConsensus,
+    Sphere,
+    Stiefel,
+)
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(50, 3)))
+E = jnp.asarray(RNG.exponential(size=50))
+NONE = jnp.zeros(50)
+STEP = jnp.array(0)
+
+
+def agree(consensus, x=X, energy=E, violation=NONE):
+    return consensus(x, energy, violation, STEP, None)
+
+
+def test_soft_consensus_is_the_boltzmann_mean():
+    w = np.exp(-7.0 * (E - E.min()))
+    found = agree(SoftConsensus(7.0, standardized=False))
+    np.testing.assert_allclose(found.point[0], w @ X / w.sum(), rtol=1e-12)
+    np.testing.assert_allclose(found.effective, w.sum() ** 2 / (w**2).sum(), rtol=1e-12)
+    # In other units, and shifted, the standardized one is the same.
+    one = agree(SoftConsensus(7.0))
+    other = agree(SoftConsensus(7.0), energy=1e6 * E - 3e3)
+    np.testing.assert_allclose(one.point, other.point, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "consensus",
+    [HardMinimum(), SoftConsensus(30.0), EffectiveSampleSize(0.3), RankWeights(), Quantile(0.2)],
+    ids=lambda c: type(c).__name__,
+)
+def test_failed_particles_have_no_weight_and_order_does_not_matter(consensus):
+    failed = jnp.arange(50) % 3 == 0
+    there = agree(consensus, energy=jnp.where(failed, jnp.inf, E), violation=E)
+    kept = ~np.asarray(failed)
+    without = consensus(X[kept], E[kept], E[kept], STEP, None)
+    np.testing.assert_allclose(there.point, without.point, rtol=1e-6)
+    order = RNG.permutation(50)
+    again = agree(consensus, X[order], jnp.where(failed, jnp.inf, E)[order], violation=E[order])
+    np.testing.assert_allclose(there.point, again.point, rtol=1e-6)
+
+
+def test_no_energy_overflows_in_float32():
+    energy = jnp.array([1e30, 3e38, 2e38, jnp.inf], jnp.float32)
+    x = jnp.arange(8, dtype=jnp.float32).reshape(4, 2)
+    for consensus in (SoftConsensus(1e30), SoftConsensus(1e30, standardized=False)):
+        point = consensus(x, energy, jnp.zeros(4), STEP, None).point
+        np.testing.assert_array_equal(point, x[:1])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
+def test_the_effective_sample_size_is_the_share_asked_for(share):
+    assert float(agree(EffectiveSampleSize(share)).effective) == pytest.approx(50 * share, rel=1e-3)
+
+
+def test_a_polarized_consensus_keeps_two_clusters_apart():
+    x = jnp.concatenate([X * 0.1, X * 0.1 + 10])
+    point = agree(Polarized(1.0), x, jnp.concatenate([E, E]), jnp.zeros(100)).point
+    assert float(jnp.max(jnp.abs(point[:50]))) < 1
+    assert float(jnp.min(point[50:])) > 9
+
+
+def test_the_quantile_looks_at_the_lowest_violations_only():
+    lower = jnp.arange(50.0)
+    found = agree(Quantile(0.1, alpha=1e6), violation=lower)
+    np.testing.assert_allclose(found.point[0], X[int(np.argmin(E[:5]))], rtol=1e-6)
+
+
+def test_the_contraction_of_anisotropic_noise_is_the_integral():
+    """E log|1 - h + s xi|, by quadrature around its singularity; it changes sign near 1.57."""
+
+    def exact(s, h):
+        zero = -(1 - h) / s
+        f = lambda t: np.log(abs(1 - h + s * t)) * scipy.stats.norm.pdf(t)  # noqa: E731
+        return sum(scipy.integrate.quad(f, *ends)[0] for ends in ((-12, zero), (zero, 12)))
+
+    for s in (0.5, 1.0, 1.5, 1.6):
+        # Midpoints of 20,000 quantiles: the singular cell counts for about log(20,000) / 20,000.
+        assert Anisotropic(s).contraction(0.01, 5) == pytest.approx(exact(s, 0.01), abs=2e-3)
+    assert Anisotropic(1.5).contraction(0.01, 5) < 0 < Anisotropic(1.65).contraction(0.01, 5)
+
+
+def test_noise_that_beats_the_drift_is_named():
+    problem = Objective(lambda x: jnp.sum(x**2))
+    with pytest.warns(UserWarning, match="will not agree"):
+        tolerax.solve(problem, CBO(noise=Anisotropic(2.0)), jnp.ones(2), max_steps=2)
+    with pytest.warns(UserWarning, match="Isotropic"):
+        tolerax.solve(problem, CBO(noise=Isotropic(1.0)), jnp.ones(20), max_steps=2)
+
+
+def test_one_step_has_the_moments_of_the_equation():
+    """Mean (1 - lambda dt) u and variance s^2 u_j^2 in every coordinate."""
+    n, s, h = 200_000, 0.7, 0.1
+    u = jnp.broadcast_to(jnp.array([[2.0, -1.0, 0.5]]), (n, 3))
+    key, scale = jax.random.key(0), jnp.ones(3)
+    moved = Anisotropic(s, jumps=0.0)(key, u, (1 - h) * u, scale, None)
+    error = s * np.abs(u[0]) / np.sqrt(n)
+    assert np.all(np.abs(np.mean(moved, axis=0) - (1 - h) * u[0]) < 5 * error)
+    np.testing.assert_allclose(np.std(moved, axis=0), s * np.abs(u[0]), rtol=5 / np.sqrt(2 * n))
+    moved = Isotropic(s)(key, u, (1 - h) * u, scale, None)
+    length = float(jnp.linalg.norm(u[0]))
+    np.testing.assert_allclose(np.std(moved, axis=0), s * length, rtol=5 / np.sqrt(2 * n))
+    # Jumps: that share of the particles has one coordinate of the size of the start.
+    jumped = Anisotropic(0.0, jumps=0.02, jump_scale=3.0)(key, u, u, scale, None) != u
+    assert np.max(np.sum(jumped, axis=1)) == 1
+    assert np.mean(np.any(jumped, axis=1)) == pytest.approx(0.02, abs=5 * np.sqrt(0.02 / n))
+
+
+def test_covariance_noise_learns_a_rotated_valley():
+    """On a quadratic of condition 1e6, rotated, it reaches what rounding leaves."""
+    d = 6
+    Q = np.linalg.qr(RNG.normal(size=(d, d)))[0]
+    H = jnp.asarray(Q * np.logspace(0, 6, d) @ Q.T)
+    solver = CBO(particles=200, consensus=RankWeights(), noise=Covariance(), tol=1e-6)
+    problem = Objective(lambda x: 0.5 * (x - 1) @ H @ (x - 1))
+    solution = tolerax.solve(problem, solver, jnp.zeros(d), max_steps=400)
+    assert float(solution.value) < 1e-8
+    with pytest.raises(ValueError, match="Polarized"):
+        tolerax.solve(
+            problem, CBO(noise=Covariance(), consensus=Polarized()), jnp.zeros(d), max_steps=2
+        )
+
+
+def test_points_stay_on_a_sphere_and_find_the_smallest_eigenvalue():
+    A = RNG.normal(size=(5, 5))
+    A = jnp.asarray(A + A.T)
+    problem = Objective(lambda x: x @ A @ x)
+    radii = []
+    solution = tolerax.solve(
+        problem,
+        CBO(retract=Sphere(2.0)),
+        jnp.ones(5),
+        max_steps=600,
+        callback=lambda step: radii.append(np.linalg.norm(step.query.x, axis=1)),
+    )
+    np.testing.assert_allclose(np.concatenate(radii), 2.0, rtol=1e-12)
+    np.testing.assert_allclose(solution.value, 4 * np.linalg.eigvalsh(A)[0], rtol=1e-3)
+    q = Stiefel()(X)
+    np.testing.assert_allclose(q.T @ q, np.eye(3), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"particles": 1}, "particles is 1"),
+        ({"particles": 2.5}, "particles is 2.5"),
+        ({"batch": 0}, "batch is 0"),
+        ({"batch": 101}, "batch is 101"),
+        ({"dt": 0.0}, "dt is 0.0"),
+        ({"tol": -1.0}, "tol is -1.0"),
+        ({"ensemble": jnp.full((100, 2), jnp.nan)}, "ensemble has entries that are not finite"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value,
+)
+def test_bad_settings_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CBO(**fields)
+
+
+def test_bad_parts_are_named():
+    with pytest.raises(ValueError, match="alpha is -1"):
+        SoftConsensus(-1.0)
+    with pytest.raises(ValueError, match=r"share is 1.5"):
+        EffectiveSampleSize(1.5)
+    with pytest.raises(ValueError, match="jumps is -1"):
+        Anisotropic(jumps=-1.0)
+
+
+def test_an_ensemble_that_does_not_fit_is_named():
+    problem = Objective(lambda x: jnp.sum(x**2), bounds=(-1.0, 1.0))
+    with pytest.raises(ValueError, match=r"shapes \[\(100, 2\)\]"):
+        tolerax.solve(problem, CBO(ensemble=jnp.zeros((99, 2))), jnp.zeros(2))
+    with pytest.raises(Exception, match="outside the bounds"):
+        tolerax.solve(problem, CBO(ensemble=jnp.full((100, 2), 3.0)), jnp.zeros(2))
+
+
+def test_block_sums_are_sums():
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    mesh = jax.make_mesh((1,), ("particles",), axis_types=(AxisType.Auto,))
+    over = NamedSharding(mesh, PartitionSpec("particles"))
+    np.testing.assert_allclose(total(X, over), np.sum(X, axis=0), rtol=1e-12)
+    assert [blocks_of(n) for n in (64, 100, 7, 1000)] == [64, 4, 1, 8]
