@@ -52,7 +52,8 @@ def _shifted(energy: Energies) -> Energies:
 
 def _height(shifted: Energies) -> Scalar:
     """The median of the finite ones, 1 where that is 0: a mean would follow a few far particles."""
-    middle = jnp.nanmedian(jnp.where(shifted < jnp.inf, shifted, jnp.nan))
+    finite = jnp.where(shifted < jnp.inf, shifted, jnp.nan)
+    middle = jnp.nanquantile(finite, 0.5, method="lower")  # no sum that overflows
     return jnp.where(middle > 0, middle, 1)
 
 
