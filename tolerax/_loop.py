@@ -89,7 +89,12 @@ def ask(solver: Solver, run: Run, limits: dict[str, Array]) -> Query:
             again_carry = jax.tree.map(spread, again_carry, run.best.carry)
         query = eqx.tree_at(lambda q: q.mask, query, _affordable(run, query.mask, limits))
     cutoff = None if query.cutoff is None else jnp.full_like(query.cutoff, jnp.inf)
-    again = Query(again_x, query.accuracy, again_carry, again_mask, query.derivatives, cutoff)
+    effort = query.effort
+    if effort is not None:
+        effort = jnp.full_like(effort, jnp.iinfo(effort.dtype).max)
+    again = Query(
+        again_x, query.accuracy, again_carry, again_mask, query.derivatives, cutoff, effort
+    )
     return jax.tree.map(lambda a, q: jnp.where(run.verifying, a, q), again, query)
 
 

@@ -161,6 +161,8 @@ class Query(eqx.Module):
     - `cutoff`: a point whose value is certainly above this is hopeless, and the evaluation may stop
       there: its value stays a true bound, its gradient may be as inaccurate as `gradient_error`
       says. `None` for no cutoff.
+    - `effort`: after about this much work (`Work.units`) the evaluation stops where it is, with
+      `PointStatus.inaccurate` and bounds that are true. `None` for no limit.
     """
 
     x: PyTree[Float[Array, "..."]]
@@ -169,6 +171,7 @@ class Query(eqx.Module):
     mask: Bool[Array, " n"] | None = None
     derivatives: int = eqx.field(static=True, default=1)
     cutoff: Float[Array, ""] | None = None
+    effort: Int[Array, ""] | None = None
 
 
 class Evaluation(eqx.Module):

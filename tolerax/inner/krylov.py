@@ -66,7 +66,7 @@ class CG(eqx.Module):
     (True, 3)
     """
 
-    max_steps: int = 1000
+    max_steps: int | Int[Array, ""] = 1000
     quadrature: bool = eqx.field(static=True, default=True)
 
     def __call__(

@@ -104,8 +104,11 @@ class Minimizer(eqx.Module):
     """A minimizer of smooth strongly convex functions."""
 
     @abc.abstractmethod
-    def __call__(self, lower: Smooth, y: Vector, tolerance: ArrayLike) -> LowerResult:
-        """Minimize from the guess `y` until `|y - y*|_H <= tolerance` is certain."""
+    def __call__(
+        self, lower: Smooth, y: Vector, tolerance: ArrayLike, effort: ArrayLike = jnp.inf
+    ) -> LowerResult:
+        """Minimize from the guess `y` until `|y - y*|_H <= tolerance` is certain, or until about
+        `effort` gradients and products were taken."""
 
 
 def _outcome(reached: Array, floored: Array, finite: Array) -> Any:
@@ -152,7 +155,9 @@ class NewtonCG(Minimizer):
     max_steps: int = 200
     max_cg_steps: int = 1000
 
-    def __call__(self, lower: Smooth, y: Vector, tolerance: ArrayLike) -> LowerResult:
+    def __call__(
+        self, lower: Smooth, y: Vector, tolerance: ArrayLike, effort: ArrayLike = jnp.inf
+    ) -> LowerResult:
         d_bound = lower.lower_bound
         tolerance = jnp.asarray(tolerance, y.dtype)
         eps = jnp.finfo(y.dtype).eps
@@ -160,18 +165,19 @@ class NewtonCG(Minimizer):
         h, r = lower.value_and_gradient(y)
         largest = jnp.max(d_bound)
         t, a = lower.distance(r, lower.rounding(y, largest))
-        cg = CG(self.max_cg_steps)
         wanted = lower.decrement_for(tolerance)
 
         def unfinished(state: tuple) -> Bool[Array, ""]:
-            _, h, _, t, _, step, _, _, stuck, *_ = state
-            return (t > tolerance) & (step < self.max_steps) & (stuck < 2) & jnp.isfinite(h)
+            _, h, _, t, _, step, gradients, products, stuck, *_ = state
+            going = (t > tolerance) & (step < self.max_steps) & (stuck < 2) & jnp.isfinite(h)
+            return going & (gradients + products < effort)
 
         def newton(state: tuple) -> tuple:
             y, h, r, t, a, step, gradients, products, stuck, third, bent, *seen = state
             curvature, largest = seen
             operator = lower.hessian(y)
-            solve = cg(
+            left = jnp.maximum(effort - gradients - products, 1)
+            solve = CG(jnp.minimum(left, self.max_cg_steps).astype(count))(
                 operator,
                 -r,
                 lower_bound=d_bound,
@@ -261,7 +267,9 @@ class LBFGS(Minimizer):
     memory: int = eqx.field(static=True, default=10)
     max_steps: int = 2000
 
-    def __call__(self, lower: Smooth, y: Vector, tolerance: ArrayLike) -> LowerResult:
+    def __call__(
+        self, lower: Smooth, y: Vector, tolerance: ArrayLike, effort: ArrayLike = jnp.inf
+    ) -> LowerResult:
         count = jnp.result_type(int)
         h, r = lower.value_and_gradient(y)
         everywhere = jnp.ones(y.shape, bool)
@@ -269,7 +277,8 @@ class LBFGS(Minimizer):
         def unfinished(state: tuple) -> Bool[Array, ""]:
             y, h, r, _, _, step, stuck, largest = state
             going = _worthwhile(lower, y, r, largest, tolerance)
-            return going & (step < self.max_steps) & (stuck < 3) & jnp.isfinite(h)
+            limit = jnp.minimum(effort, self.max_steps)
+            return going & (step < limit) & (stuck < 3) & jnp.isfinite(h)
 
         def trial(state: tuple) -> tuple:
             y, h, r, pairs, s, step, stuck, largest = state
@@ -306,7 +315,9 @@ class AcceleratedGradient(Minimizer):
 
     max_steps: int = 10_000
 
-    def __call__(self, lower: Smooth, y: Vector, tolerance: ArrayLike) -> LowerResult:
+    def __call__(
+        self, lower: Smooth, y: Vector, tolerance: ArrayLike, effort: ArrayLike = jnp.inf
+    ) -> LowerResult:
         eps = jnp.finfo(y.dtype).eps
         count = jnp.result_type(int)
         h, r = lower.value_and_gradient(y)
@@ -316,7 +327,8 @@ class AcceleratedGradient(Minimizer):
         def unfinished(state: tuple) -> Bool[Array, ""]:
             y, _, h, r, _, _, step, stuck, largest = state
             going = _worthwhile(lower, y, r, largest, tolerance)
-            return going & (step < self.max_steps) & (stuck < 60) & jnp.isfinite(h)
+            limit = jnp.minimum(effort, self.max_steps)
+            return going & (step < limit) & (stuck < 60) & jnp.isfinite(h)
 
         def trial(state: tuple) -> tuple:
             # y is the point of the last gradient r; last is the previous step's end.

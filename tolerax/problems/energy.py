@@ -187,8 +187,10 @@ class Minimization(eqx.Module):
         zero, error = jnp.zeros((), y.dtype), factor * solve.error
         return solve, Solved(solve.x, solve.residual, error, zero, work, status, seen)
 
-    def _state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar) -> Solved:
-        solve = self.state_solver(self.smooth(at, known), y, tolerance)
+    def _state(
+        self, at: Fixed, known: Known, y: Vector, tolerance: Scalar, effort: ArrayLike
+    ) -> Solved:
+        solve = self.state_solver(self.smooth(at, known), y, tolerance, effort)
         wrong = self.contradiction(solve.curvature, known, solve.third, solve.bent)
         factor, seen = self.correction(solve.curvature, known)
         missed = (solve.status == PointStatus.ok) & (factor > 1)
@@ -216,8 +218,16 @@ class Minimization(eqx.Module):
         )
 
     @abc.abstractmethod
-    def solve_state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar) -> Solved:
-        """Solve for the state from the guess y until its error is at most the tolerance."""
+    def solve_state(
+        self,
+        at: Fixed,
+        known: Known,
+        y: Vector,
+        tolerance: Scalar,
+        effort: ArrayLike = jnp.inf,
+    ) -> Solved:
+        """Solve for the state from the guess y until its error is at most the tolerance, or until
+        about `effort` gradients and Hessian products were taken."""
 
     @abc.abstractmethod
     def solve_adjoint(
@@ -259,12 +269,19 @@ class Energy(Minimization):
     def estimates_smoothness(self) -> bool:
         return self.upper_smoothness is None and self.relative_smoothness is None
 
-    def solve_state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar) -> Solved:
+    def solve_state(
+        self,
+        at: Fixed,
+        known: Known,
+        y: Vector,
+        tolerance: Scalar,
+        effort: ArrayLike = jnp.inf,
+    ) -> Solved:
         # Bounds grow like exp(M |y - y*|): where that exceeds 1 they say nothing, and Newton's
         # method, which converges quadratically from about there, gets below it almost for free.
         root = jnp.sqrt(jnp.min(known.lower_bound))
         useful = root / jnp.maximum(known.self_concordance, jnp.finfo(y.dtype).tiny * root)
-        solved = self._state(at, known, y, jnp.minimum(tolerance, useful))
+        solved = self._state(at, known, y, jnp.minimum(tolerance, useful), effort)
         enough = (solved.error <= tolerance) & (
             (solved.status == PointStatus.inaccurate) | (solved.status == PointStatus.floor)
         )
@@ -357,12 +374,19 @@ class Euclidean(Minimization):
         known = [pair for pair in super().provenance.constants if pair[0] != "cross"]
         return Provenance((*known, ("cross", "estimated"), ("hessian_norm", "estimated")))
 
-    def solve_state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar) -> Solved:
+    def solve_state(
+        self,
+        at: Fixed,
+        known: Known,
+        y: Vector,
+        tolerance: Scalar,
+        effort: ArrayLike = jnp.inf,
+    ) -> Solved:
         mu = jnp.min(known.lower_bound)
         m = known.self_concordance
         flat = Known(jnp.full_like(y, mu), m, known.estimates, known.work)
         # |r|_{D^-1} = |r| / sqrt(mu) <= sqrt(mu) eps is |r| <= mu eps.
-        solved = self._state(at, flat, y, jnp.sqrt(mu) * tolerance)
+        solved = self._state(at, flat, y, jnp.sqrt(mu) * tolerance, effort)
         return eqx.tree_at(lambda s: s.error, solved, solved.error / jnp.sqrt(mu))
 
     def smooth(self, at: Fixed, known: Known) -> Smooth:

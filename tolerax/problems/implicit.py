@@ -157,7 +157,8 @@ class Implicit(Problem):
         if query.mask is None:
             carry = self.cold_start() if query.carry is None else query.carry
             cutoff = jnp.inf if query.cutoff is None else query.cutoff
-            return self._point(query.x, query.accuracy, carry, query.derivatives, cutoff)
+            effort = jnp.inf if query.effort is None else query.effort
+            return self._point(query.x, query.accuracy, carry, query.derivatives, cutoff, effort)
         count = query.mask.shape[0]
         carry = query.carry
         if carry is None:
@@ -177,14 +178,16 @@ class Implicit(Problem):
         carry: Carry,
         derivatives: int,
         cutoff: ArrayLike = jnp.inf,
+        effort: ArrayLike = jnp.inf,
     ) -> Evaluation:
         at = Fixed(self, x)
         known = self.norm.constants(at, carry)
-        state = self.norm.solve_state(at, known, carry.y, accuracy.state)
+        state = self.norm.solve_state(at, known, carry.y, accuracy.state, effort)
         y, r = state.vector, state.residual
         j, g_y = jax.value_and_grad(at.cost)(y)
         # A hopeless point needs no adjoint: the guess is good enough to say so.
         hopeless = self.norm.least_value(known, state, j, g_y) > cutoff
+        hopeless = hopeless | (state.work.units >= effort)
         adjoint_tolerance = jnp.where(hopeless, jnp.inf, accuracy.adjoint)
         adjoint = self.norm.solve_adjoint(at, known, y, g_y, carry.q, adjoint_tolerance)
         q = adjoint.vector

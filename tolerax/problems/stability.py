@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from tolerax.contracts import Provenance, Work
 from tolerax.inner.estimates import largest_singular_value
@@ -119,8 +119,16 @@ class Stability(eqx.Module):
         estimate, _ = largest_singular_value(forward, lambda w: backward(w)[0], _wave(y))
         return SAFETY * estimate
 
-    def solve_state(self, at: Fixed, known: KnownStability, y: Vector, tolerance: Scalar) -> Solved:
+    def solve_state(
+        self,
+        at: Fixed,
+        known: KnownStability,
+        y: Vector,
+        tolerance: Scalar,
+        effort: ArrayLike = jnp.inf,
+    ) -> Solved:
         """Solve for the state from the guess y until its error is at most the tolerance."""
+        del effort  # Newton's method with GMRES has its own, small limit of steps
         solve = self.state_solver(
             at.residual, y, tolerance, stability=known.stability, curvature=known.curvature
         )

@@ -46,6 +46,7 @@ class LineSearchState(eqx.Module):
     ahead: Float[Array, ""]
     refinements: Int[Array, ""]
     iterations: Int[Array, ""]
+    dearest: Int[Array, ""]
     scale: Float[Array, ""]
     f_scale: Float[Array, ""]
     decrease: Float[Array, ""]
@@ -134,6 +135,7 @@ class InexactLineSearch(Solver):
             ahead=zero,
             refinements=count,
             iterations=count,
+            dearest=count,
             scale=zero,
             f_scale=zero,
             decrease=inf,
@@ -149,7 +151,10 @@ class InexactLineSearch(Solver):
         carry = select(state.mode == TRIAL, state.trial_carry, now.carry)
         # A trial above the incumbent will be rejected: no need to finish it.
         cutoff = jnp.where(state.mode == TRIAL, now.f + now.f_error, jnp.inf)
-        return Query(state.box.unravel(x), state.request, carry, cutoff=cutoff)
+        # Nor to pay many times what any point on the way here has cost.
+        most = jnp.iinfo(state.dearest.dtype).max
+        effort = jnp.where(state.mode == TRIAL, 5 * jnp.maximum(state.dearest, 40), most)
+        return Query(state.box.unravel(x), state.request, carry, cutoff=cutoff, effort=effort)
 
     def tell(self, state: LineSearchState, query: Query, evaluation: Evaluation) -> LineSearchState:
         x, _ = ravel_pytree(query.x)
@@ -171,6 +176,10 @@ class InexactLineSearch(Solver):
             Status.converged if evaluation.provenance.certified else Status.converged_estimated
         )
         outcome = (failed, status, converged)
+        spent = evaluation.work.units.astype(state.dearest.dtype)
+        usual = (state.mode == INCUMBENT) | (status == PointStatus.ok)
+        dearest = jnp.where(usual, jnp.maximum(state.dearest, spent), state.dearest)
+        state = _replace(state, dearest=jnp.minimum(dearest, 10**8))
         state = jax.lax.switch(
             state.mode,
             [
@@ -389,7 +398,7 @@ class InexactLineSearch(Solver):
             blend = jnp.where(cubic < quadratic, cubic, 0.5 * (cubic + quadratic))
             guess = jnp.where(trusted & jnp.isfinite(cubic), blend, quadratic)
             factor = jnp.clip(jnp.where(jnp.isfinite(guess), guess, 0.5), 0.01, 0.6)
-            factor = jnp.where(failed, 0.25, factor)
+            factor = jnp.where(failed & ~jnp.isfinite(f_change), 0.25, factor)
             step = state.step * factor
             negligible = jnp.all(self._path(state, step) == now.x)
             over = (state.trials + 1 >= self.max_trials) | negligible
