@@ -5,13 +5,14 @@ from benchmarks.cbo_peers import beside
 from benchmarks.cbo_runs import Case, success
 from benchmarks.frame import Bar, Group, Measured, Settings
 from tolerax import CBO
+from tolerax.solvers import Covariance, RankWeights
 
 BUDGET = 100_000
 
 
 def covariance_setting() -> CBO:
     """The one setting for all of these functions."""
-    return CBO()
+    return CBO(particles=750, consensus=RankWeights(), noise=Covariance())
 
 
 def measure(settings: Settings) -> dict[str, Measured]:

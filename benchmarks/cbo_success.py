@@ -16,7 +16,8 @@ from benchmarks.frame import Bar, Group, Measured, Settings
 from tolerax import CBO
 
 SHIFTS = (0.0, 1.0, 2.0)
-D10 = Case("rastrigin_d10", Shifted(rastrigin, 1.0), 10, CBO(particles=100), 600)
+WHOLE = 10**6  # steps of patience: use up the budget, which the figures fix
+D10 = Case("rastrigin_d10", Shifted(rastrigin, 1.0), 10, CBO(particles=100, patience=WHOLE), 600)
 
 
 def over_shifts(name: str, steps: int, settings: Settings) -> Measured:
@@ -25,7 +26,7 @@ def over_shifts(name: str, steps: int, settings: Settings) -> Measured:
         {
             f"B = {b:g}": success(
                 Case(
-                    f"{name}, B = {b:g}", Shifted(rastrigin, b), 20, CBO(particles=100), steps,
+                    f"{name}, B = {b:g}", Shifted(rastrigin, b), 20, CBO(particles=100, patience=WHOLE), steps,
                     each_quick=10,
                 ),
                 settings,
@@ -36,7 +37,13 @@ def over_shifts(name: str, steps: int, settings: Settings) -> Measured:
 
 
 def measure_rastrigin(settings: Settings) -> dict[str, Measured]:
-    notebook = Case("rastrigin_d20_notebook", Shifted(rastrigin, 1.0), 20, CBO(particles=40), 5000)
+    notebook = Case(
+        "rastrigin_d20_notebook",
+        Shifted(rastrigin, 1.0),
+        20,
+        CBO(particles=40, patience=WHOLE),
+        5000,
+    )
     d20 = over_shifts("rastrigin_d20", 1000, settings)
     peers = beside(Shifted(rastrigin, 1.0), 20, 100_000, settings)
     return {
@@ -49,14 +56,14 @@ def measure_rastrigin(settings: Settings) -> dict[str, Measured]:
 
 def measure_ackley(settings: Settings) -> dict[str, Measured]:
     draw = Shifted(ackley, 1.0)
-    d20 = Case("ackley_d20", draw, 20, CBO(particles=100), 1000, below=1e-2)
-    d100 = Case("ackley_d100", draw, 100, CBO(particles=100), 3000, each_quick=4)
+    d20 = Case("ackley_d20", draw, 20, CBO(particles=100, patience=WHOLE), 1000, below=1e-2)
+    d100 = Case("ackley_d100", draw, 100, CBO(particles=100, patience=WHOLE), 3000, each_quick=4)
     return {"ackley_d20": success(d20, settings), "ackley_d100": success(d100, settings)}
 
 
 def measure_d100(settings: Settings) -> dict[str, Measured]:
     case = Case(
-        "rastrigin_d100", Shifted(rastrigin, 1.0), 100, CBO(particles=1000), 10_000,
+        "rastrigin_d100", Shifted(rastrigin, 1.0), 100, CBO(particles=1000, patience=WHOLE), 10_000,
         each=2, each_quick=1,
     )  # fmt: skip
     return {"rastrigin_d100": success(case, settings)}

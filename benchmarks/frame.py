@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("tolerax", "jax", "jaxlib", "equinox", "numpy", "scipy", "scikit-learn", "DFO-LS")
+PACKAGES = (
+    "tolerax",
+    "jax",
+    "jaxlib",
+    "equinox",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "DFO-LS",
+    "cbx",
+    "cma",
+)
 
 
 @dataclass(frozen=True)
@@ -145,8 +156,8 @@ def last_line(result: Mapping[str, Any]) -> str:
 
 
 def save(name: str, result: Mapping[str, Any]) -> Path:
-    """Write figures, samples and details to `benchmarks/results`. Groups that were not measured this
-    time keep what the file says of them, if it is of the same seeds and versions."""
+    """Write figures, samples and details to `benchmarks/results`. Groups that were not measured
+    this time keep what the file says of them, if it is of the same seeds and versions."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}{'-quick' if result['quick'] else ''}.json"
     whole = dict(result)

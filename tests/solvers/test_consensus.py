@@ -114,16 +114,16 @@ def test_one_step_has_the_moments_of_the_equation():
     """Mean (1 - lambda dt) u and variance s^2 u_j^2 in every coordinate."""
     n, s, h = 200_000, 0.7, 0.1
     u = jnp.broadcast_to(jnp.array([[2.0, -1.0, 0.5]]), (n, 3))
-    key, scale = jax.random.key(0), jnp.ones(3)
-    moved = Anisotropic(s, jumps=0.0)(key, u, (1 - h) * u, scale, None)
+    key, scale, w = jax.random.key(0), jnp.ones(3), jnp.full(n, 1 / n)
+    moved = Anisotropic(s, jumps=0.0)(key, u, (1 - h) * u, scale, w, None)
     error = s * np.abs(u[0]) / np.sqrt(n)
     assert np.all(np.abs(np.mean(moved, axis=0) - (1 - h) * u[0]) < 5 * error)
     np.testing.assert_allclose(np.std(moved, axis=0), s * np.abs(u[0]), rtol=5 / np.sqrt(2 * n))
-    moved = Isotropic(s)(key, u, (1 - h) * u, scale, None)
+    moved = Isotropic(s)(key, u, (1 - h) * u, scale, w, None)
     length = float(jnp.linalg.norm(u[0]))
     np.testing.assert_allclose(np.std(moved, axis=0), s * length, rtol=5 / np.sqrt(2 * n))
     # Jumps: that share of the particles has one coordinate of the size of the start.
-    jumped = Anisotropic(0.0, jumps=0.02, jump_scale=3.0)(key, u, u, scale, None) != u
+    jumped = Anisotropic(0.0, jumps=0.02, jump_scale=3.0)(key, u, u, scale, w, None) != u
     assert np.max(np.sum(jumped, axis=1)) == 1
     assert np.mean(np.any(jumped, axis=1)) == pytest.approx(0.02, abs=5 * np.sqrt(0.02 / n))
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
-from tolerax.inner.particles import distributed
+from tolerax.inner.particles import distributed, replicated
 from tolerax.solvers._common import Box
 from tolerax.solvers.consensus import Agreement, Anisotropic, Consensus, HardMinimum, Noise
 from tolerax.status import PointStatus, Status
@@ -38,6 +38,7 @@ class CBOState(eqx.Module):
     penalty: Float[Array, ""]
     scale: Float[Array, " d"]
     step: Int[Array, ""]
+    agreeing: Int[Array, ""]
     key: PRNGKeyArray
     box: Box
     bounded: Bool[Array, ""]
@@ -55,9 +56,9 @@ class CBO(Solver):
 
     Particles that fail (NaN, infinite, an exception) get weight 0 and are put where another one is.
     The run ends when at least half of the particles agree in every coordinate to within
-    `tol * (1 + |m|)` and probes around m, at all distances up to the spread of the start, find no
-    lower value (if one does, the particles continue from the probes). That the point is the global
-    minimum is never certain; `Status.consensus` says so.
+    `tol * (1 + |m|)`, for more than `patience` steps on end, and probes around m, at all distances
+    up to the spread of the start, find no lower value (if one does, the particles continue from the
+    probes). That the point is the global minimum is never certain; `Status.consensus` says so.
 
     - `particles`: N. The steps needed grow slower than the dimension; N = 100 serves to about 100.
     - `consensus`: [`HardMinimum`][], [`SoftConsensus`][], [`EffectiveSampleSize`][],
@@ -75,6 +76,8 @@ class CBO(Solver):
       as a pytree like x.
     - `penalty`: weight of the `violation` of a point in its energy `value + penalty * violation`;
       grows by half in every step in which the best particle violates more than `feasible_within`.
+    - `patience`: steps of agreement before the run may end; until then jumps go on looking for a
+      lower value. A large number uses up the budget.
     - `sharding`: a `NamedSharding` of the leading axis, to spread the particles over devices.
 
     Source: Pinnau, Totzeck, Tse, Martin (*M3AS* 27, 2017); Carrillo, Jin, Li, Zhu (*ESAIM: COCV*
@@ -102,6 +105,7 @@ class CBO(Solver):
     penalty: float = 1.0
     feasible_within: float = 1e-6
     tol: float = 1e-4
+    patience: int = 50
     sharding: NamedSharding | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
@@ -147,8 +151,9 @@ class CBO(Solver):
             effective=jnp.array(self.particles, x.dtype),
             width=inf,
             penalty=jnp.asarray(self.penalty, x.dtype),
-            scale=jnp.std(x, axis=0),
+            scale=jnp.std(replicated(x, self.sharding), axis=0),
             step=jnp.array(0, jnp.int32),
+            agreeing=jnp.array(0, jnp.int32),
             key=key,
             box=box,
             bounded=bounded,
@@ -225,7 +230,7 @@ class CBO(Solver):
 
     def _asked(self, state: CBOState) -> Positions:
         x = state.x if self.batch is None else state.x[self._members(state)]
-        return jnp.where(state.probing, self._probes(state, x.shape[0]), x)
+        return jax.lax.cond(state.probing, lambda: self._probes(state, x.shape[0]), lambda: x)
 
     def _probes(self, state: CBOState, count: int) -> Positions:
         """Points around the best one, at distances that halve from the spread of the start."""
@@ -309,10 +314,11 @@ class CBO(Solver):
             usable = ok[:, None] & jnp.isfinite(gradient)
             drifted = drifted - self.gradient * self.dt * jnp.where(usable, gradient, 0)
         noise_memory = self.noise.update(state.noise, placed, agreed)
-        moved = m + self.noise(noise_key, u, drifted, state.scale, noise_memory)
+        moved = m + self.noise(noise_key, u, drifted, state.scale, agreed.weights, noise_memory)
         moved = jax.vmap(self._feasible(state.box))(moved)
         close = jnp.abs(u) <= self.tol * (1 + jnp.abs(m))
         agree = jnp.min(jnp.mean(close & ok[:, None], axis=0)) >= 0.5
+        agreeing = jnp.where(agree, state.agreeing + 1, 0)
         width = jnp.max(jnp.mean(jnp.abs(u), axis=0))
         if members is not None:
             moved = state.x.at[members].set(moved)
@@ -330,7 +336,8 @@ class CBO(Solver):
             effective=agreed.effective,
             width=width,
             step=state.step + 1,
-            probing=agree,
+            agreeing=agreeing,
+            probing=agreeing > self.patience,
         )
 
     def _probed(self, state: CBOState, x: Positions, lower: Array) -> CBOState:
@@ -341,6 +348,7 @@ class CBO(Solver):
             state,
             x=jnp.where(lower, distributed(x, self.sharding), state.x),
             step=state.step + 1,
+            agreeing=jnp.zeros_like(state.agreeing),
             probing=jnp.zeros_like(state.probing),
             done=~lower,
             status=Status.where(lower, Status.running, Status.consensus),

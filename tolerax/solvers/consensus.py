@@ -24,12 +24,12 @@ Scalar = Float[Array, ""]
 
 class Agreement(eqx.Module):
     """The consensus of a step: `point` of shape (1, d), or (N, d) where each particle has its own;
-    `effective` is the effective sample size `(sum w)^2 / sum w^2` of the `weights` (of shape (N,),
-    `None` where each particle has its own)."""
+    `effective` is the effective sample size `(sum w)^2 / sum w^2` of the `weights`, of shape (N,),
+    which sum to 1."""
 
     point: Array
     effective: Scalar
-    weights: Energies | None = None
+    weights: Energies
 
 
 class Consensus(eqx.Module):
@@ -190,7 +190,7 @@ class Polarized(Consensus):
         squares = jnp.sum(x * x, axis=1)
         apart = jnp.maximum(squares[:, None] + squares[None, :] - 2 * x @ x.T, 0)
         k = jax.nn.softmax(log_w[None, :] - apart / (2 * self.kappa**2), axis=1)
-        return Agreement(k @ x, jnp.mean(1 / jnp.sum(k * k, axis=1)))
+        return Agreement(k @ x, jnp.mean(1 / jnp.sum(k * k, axis=1)), jnp.mean(k, axis=0))
 
 
 class Quantile(Consensus):
@@ -236,10 +236,12 @@ class Noise(eqx.Module):
         u: Positions,
         drifted: Positions,
         scale: Float[Array, " d"],
+        weights: Energies,
         memory: Any,
     ) -> Positions:
         """Where particles go from `drifted`, where the drift took them; both are relative to the
-        consensus. `scale` is the spread of the start in every coordinate."""
+        consensus. `scale` is the spread of the start in every coordinate, `weights` are those of
+        the particles in the consensus."""
 
     @abc.abstractmethod
     def contraction(self, drift: float, d: int) -> float:
@@ -280,6 +282,7 @@ class Anisotropic(Noise):
         u: Positions,
         drifted: Positions,
         scale: Float[Array, " d"],
+        weights: Energies,
         memory: Any,
     ) -> Positions:
         del memory
@@ -293,8 +296,8 @@ class Anisotropic(Noise):
         # A jump is forgotten after about 50 steps: with more of them particles never agree.
         jumping = jax.random.uniform(when, (n,)) < jnp.minimum(self.jumps, 0.01 * d)
         column = jnp.where(jumping, jax.random.randint(which, (n,), 0, d), -1)
-        # The best particle is the consensus itself: it stays.
-        here = (jnp.arange(d)[None] == column[:, None]) & jnp.any(u != 0, axis=1, keepdims=True)
+        # A particle that is the consensus itself stays.
+        here = (jnp.arange(d)[None] == column[:, None]) & (weights < 1)[:, None]
         return jnp.where(here, self.jump_scale * scale[None] * xi, moved)
 
     def contraction(self, drift: float, d: int) -> float:
@@ -321,9 +324,10 @@ class Isotropic(Noise):
         u: Positions,
         drifted: Positions,
         scale: Float[Array, " d"],
+        weights: Energies,
         memory: Any,
     ) -> Positions:
-        del memory
+        del weights, memory
         length = jnp.linalg.norm(u, axis=1, keepdims=True)
         width = jnp.clip(length, self.floor * jnp.linalg.norm(scale), self.truncated)
         return drifted + self.s * width * normal(key, u)
@@ -373,7 +377,7 @@ class Covariance(Noise):
         return Shape(variance * eye, jnp.sqrt(variance) * eye, middle)
 
     def update(self, memory: Shape, x: Positions, agreed: Agreement) -> Shape:
-        if agreed.weights is None:
+        if agreed.point.shape[0] > 1:
             raise ValueError("Covariance needs one consensus of all particles, not Polarized.")
         d, mu, m = x.shape[1], agreed.effective, agreed.point[0]
         away = x - memory.point[None]
@@ -395,9 +399,10 @@ class Covariance(Noise):
         u: Positions,
         drifted: Positions,
         scale: Float[Array, " d"],
+        weights: Energies,
         memory: Shape,
     ) -> Positions:
-        del drifted, scale
+        del drifted, scale, weights
         return normal(key, u) @ memory.factor.T
 
     def contraction(self, drift: float, d: int) -> float:
