@@ -26,7 +26,11 @@ def over_shifts(name: str, steps: int, settings: Settings) -> Measured:
         {
             f"B = {b:g}": success(
                 Case(
-                    f"{name}, B = {b:g}", Shifted(rastrigin, b), 20, CBO(particles=100, patience=WHOLE), steps,
+                    f"{name}, B = {b:g}",
+                    Shifted(rastrigin, b),
+                    20,
+                    CBO(particles=100, patience=WHOLE),
+                    steps,
                     each_quick=10,
                 ),
                 settings,

@@ -163,7 +163,8 @@ def save(name: str, result: Mapping[str, Any]) -> Path:
     whole = dict(result)
     if path.exists():
         before = json.loads(path.read_text())
-        if all(before[key] == result[key] for key in ("seeds", "versions", "quick")):
+        same = before["versions"].items() <= result["versions"].items()
+        if same and all(before[key] == result[key] for key in ("seeds", "quick")):
             for key in ("figures", "details", "seconds", "errors"):
                 whole[key] = {**before[key], **result[key]}
             for group in result["seconds"].keys() - result["errors"].keys():
