@@ -352,8 +352,8 @@ class InexactLineSearch(Solver):
             pairs = select(keep, add_pair(state.pairs, moved, y), state.pairs)
             # Without curvature the step was too short: the secant of the slopes says by how much.
             longer = ~keep & (slope_there < 0.9 * slope)
-            stretch = jnp.clip(slope / (slope - slope_there), 2, 3)
-            stretch = jnp.where(slope_there < slope, 3, stretch)
+            stretch = jnp.clip(slope / (slope - slope_there), 2, 10)
+            stretch = jnp.where(slope_there < slope, 10, stretch)
             new = _replace(
                 state,
                 now=told,
