@@ -143,6 +143,25 @@ def test_covariance_noise_learns_a_rotated_valley():
         )
 
 
+def test_values_of_a_bilevel_problem_are_asked_for_accurately():
+    """upper |y - t|^2 / 2 over y = b / (1 + e^x): the optimum is where 1 + e^x = |b|^2 / t'b."""
+    b, t = jnp.array([2.0, 1.0]), jnp.array([1.0, 0.3])
+    ridge = tolerax.Bilevel(
+        lambda y, x: 0.5 * jnp.sum((y - t) ** 2),
+        lambda y, x: 0.5 * jnp.sum((y - b) ** 2) + 0.5 * jnp.exp(x) * jnp.sum(y**2),
+        jnp.zeros(2),
+        strong_convexity=lambda x: 1 + jnp.exp(x),
+        self_concordance=0.0,
+        upper_smoothness=1.0,
+    )
+    solver = CBO(particles=20, accuracy=tolerax.Accuracy(1e-5, 1e-5))
+    solution = tolerax.solve(ridge, solver, jnp.array(1.0), max_steps=400)
+    assert bool(solution.success)
+    best = float(jnp.log(b @ b / (t @ b) - 1))
+    np.testing.assert_allclose(solution.x, best, atol=1e-3)
+    assert float(solution.value_error) < 1e-8
+
+
 def test_points_stay_on_a_sphere_and_find_the_smallest_eigenvalue():
     A = RNG.normal(size=(5, 5))
     A = jnp.asarray(A + A.T)

@@ -78,6 +78,8 @@ class CBO(Solver):
       grows by half in every step in which the best particle violates more than `feasible_within`.
     - `patience`: steps of agreement before the run may end; until then jumps go on looking for a
       lower value. A large number uses up the budget.
+    - `accuracy`: what is asked of problems whose values are not exact; the upper end of the
+      interval of a value is its energy.
     - `sharding`: a `NamedSharding` of the leading axis, to spread the particles over devices.
 
     Source: Pinnau, Totzeck, Tse, Martin (*M3AS* 27, 2017); Carrillo, Jin, Li, Zhu (*ESAIM: COCV*
@@ -106,6 +108,7 @@ class CBO(Solver):
     feasible_within: float = 1e-6
     tol: float = 1e-4
     patience: int = 50
+    accuracy: Accuracy = eqx.field(default_factory=lambda: Accuracy(1e-4, 1e-4))
     sharding: NamedSharding | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
@@ -243,10 +246,10 @@ class CBO(Solver):
 
     def ask(self, state: CBOState) -> Query:
         x = distributed(self._asked(state), self.sharding if self.batch is None else None)
-        inf = jnp.full(x.shape[0], jnp.inf, x.dtype)
+        each = lambda t: jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])  # noqa: E731
         return Query(
             jax.vmap(state.box.unravel)(x),
-            Accuracy(inf, inf),
+            Accuracy(each(self.accuracy.state), each(self.accuracy.adjoint)),
             mask=jnp.ones(x.shape[0], bool),
             derivatives=0 if self.gradient is None else 1,
         )
@@ -256,7 +259,9 @@ class CBO(Solver):
     def tell(self, state: CBOState, query: Query, evaluation: Evaluation) -> CBOState:
         dtype = state.x.dtype
         ok = (evaluation.status != PointStatus.failed) & query.mask
-        value = evaluation.value.astype(dtype)
+        # Of a value that is an interval the upper end counts.
+        value = (evaluation.value + evaluation.value_error).astype(dtype)
+        ok = ok & ~jnp.isnan(value) & (value < jnp.inf)
         violation = jnp.zeros_like(value)
         if evaluation.violation is not None:
             violation = jnp.where(ok, evaluation.violation.astype(dtype), jnp.inf)
