@@ -12,7 +12,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tolerax.inner.particles import normal, total, weighted_mean
@@ -301,8 +300,10 @@ class Anisotropic(Noise):
         return jnp.where(here, self.jump_scale * scale[None] * xi, moved)
 
     def contraction(self, drift: float, d: int) -> float:
+        from scipy.special import ndtri
+
         del d
-        xi = scipy.stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)
+        xi = ndtri((np.arange(20_000) + 0.5) / 20_000)
         return float(np.mean(np.log(np.abs(1 - drift + float(self.s) * xi))))
 
 
