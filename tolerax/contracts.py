@@ -161,8 +161,9 @@ class Query(eqx.Module):
     - `cutoff`: a point whose value is certainly above this is hopeless, and the evaluation may stop
       there: its value stays a true bound, its gradient may be as inaccurate as `gradient_error`
       says. `None` for no cutoff.
-    - `effort`: after about this much work (`Work.units`) the evaluation stops where it is, with
-      `PointStatus.inaccurate` and bounds that are true. `None` for no limit.
+    - `effort`: after about this much work (`Work.units`) the evaluation may stop where it is, with
+      bounds that are true, and `PointStatus.inaccurate` if its state is not solved. `None` for no
+      limit.
     """
 
     x: PyTree[Float[Array, "..."]]

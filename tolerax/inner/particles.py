@@ -1,8 +1,8 @@
 """Sums and random numbers over particles that do not depend on how the particles are placed.
 
 Particles are rows of arrays of shape (N, d). Where they are spread over devices, every device sums
-whole blocks of rows, and the block sums are added in one fixed order: so 2, 4 and 8 devices give
-the same bits. Random numbers are those of their position in the whole array.
+whole blocks of rows, and the block sums are added in one fixed order, so that the order does not
+depend on the number of devices. Random numbers are those of their position in the whole array.
 """
 
 import math

@@ -41,7 +41,6 @@ class CBOState(eqx.Module):
     agreeing: Int[Array, ""]
     key: PRNGKeyArray
     box: Box
-    bounded: Bool[Array, ""]
     probing: Bool[Array, ""]
     done: Bool[Array, ""]
     status: Any
@@ -60,7 +59,7 @@ class CBO(Solver):
     up to the spread of the start, find no lower value (if one does, the particles continue from the
     probes). That the point is the global minimum is never certain; `Status.consensus` says so.
 
-    - `particles`: N. The steps needed grow slower than the dimension; N = 100 serves to about 100.
+    - `particles`: N.
     - `consensus`: [`HardMinimum`][], [`SoftConsensus`][], [`EffectiveSampleSize`][],
       [`RankWeights`][], [`Polarized`][] or [`Quantile`][].
     - `noise`: [`Anisotropic`][], [`Isotropic`][] or [`Covariance`][]. For landscapes that are
@@ -80,10 +79,11 @@ class CBO(Solver):
       lower value. A large number uses up the budget.
     - `accuracy`: what is asked of problems whose values are not exact; the upper end of the
       interval of a value is its energy.
-    - `sharding`: a `NamedSharding` of the leading axis, to spread the particles over devices.
+    - `sharding`: a `NamedSharding` of the leading axis, to spread the particles over devices. Runs
+      on different numbers of devices agree to rounding as long as rounding decides no comparison.
 
     Source: Pinnau, Totzeck, Tse, Martin (*M3AS* 27, 2017); Carrillo, Jin, Li, Zhu (*ESAIM: COCV*
-    27, 2021); memory: Riedl (*European J. Appl. Math.* 2023).
+    27, 2021); memory: Riedl (arXiv 2211.12184).
 
     >>> import jax.numpy as jnp, tolerax
     >>> rastrigin = lambda x: jnp.mean(x**2 - 10 * jnp.cos(2 * jnp.pi * x) + 10)
@@ -159,7 +159,6 @@ class CBO(Solver):
             agreeing=jnp.array(0, jnp.int32),
             key=key,
             box=box,
-            bounded=bounded,
             probing=false,
             done=false,
             status=Status.running,
@@ -174,7 +173,7 @@ class CBO(Solver):
         if growth >= 0:
             warnings.warn(
                 f"noise is {self.noise}: with drift * dt = {float(self.drift * self.dt):.3g} the "
-                f"distance to the consensus grows by a factor {2.718281828**growth:.3g} a step in "
+                f"distance to the consensus grows by a factor {np.exp(growth):.3g} a step in "
                 "the mean, so particles will not agree. Take a smaller s, or a larger drift * dt.",
                 stacklevel=2,
             )

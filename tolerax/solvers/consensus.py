@@ -71,8 +71,8 @@ def _agree(x: Positions, w: Energies, over: Any) -> Agreement:
 class HardMinimum(Consensus):
     """The best particle: the limit of all weights for alpha to infinity (of several, the first).
 
-    Source: the discrete scheme of Fornasier, Riedl and others with alpha = inf; it needs no scale
-    of the energies.
+    Source: the discrete scheme with alpha = inf of arXiv 2403.03430; it needs no scale of the
+    energies.
     """
 
     def __call__(
@@ -145,8 +145,10 @@ class EffectiveSampleSize(Consensus):
         if not isinstance(self.share, jax.Array) and not 0 < self.share < 1:
             raise ValueError(f"share is {self.share}: it must lie between 0 and 1.")
 
-    def weights(self, energy: Energies, over: Any) -> Energies:
-        """The weights alone."""
+    def __call__(
+        self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
+    ) -> Agreement:
+        del violation, step
         shifted = _shifted(energy)
         count = jnp.maximum(jnp.sum(shifted < jnp.inf), 1)
         unit = _height(shifted)
@@ -160,13 +162,7 @@ class EffectiveSampleSize(Consensus):
 
         ends = (jnp.full((), -12.0, energy.dtype), jnp.full((), 24.0, energy.dtype))
         low, high = jax.lax.fori_loop(0, self.bisections, halve, ends)
-        return _boltzmann(jnp.exp(0.5 * (low + high)) / unit, shifted)
-
-    def __call__(
-        self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
-    ) -> Agreement:
-        del violation, step
-        return _agree(x, self.weights(energy, over), over)
+        return _agree(x, _boltzmann(jnp.exp(0.5 * (low + high)) / unit, shifted), over)
 
 
 class Polarized(Consensus):
@@ -292,7 +288,7 @@ class Anisotropic(Noise):
         moved = drifted + self.s * width * xi
         if isinstance(self.jumps, float | int) and self.jumps == 0:
             return moved
-        # A jump is forgotten after about 50 steps: with more of them particles never agree.
+        # A jump takes many steps to be forgotten: with more of them particles never agree.
         jumping = jax.random.uniform(when, (n,)) < jnp.minimum(self.jumps, 0.01 * d)
         column = jnp.where(jumping, jax.random.randint(which, (n,), 0, d), -1)
         # A particle that is the consensus itself stays.
@@ -361,8 +357,9 @@ class Covariance(Noise):
     `exp(inflation (|L^-1 (m - m')| - sqrt(d / mu)))`: a selection that means nothing would move the
     consensus by about sqrt(d / mu).
 
-    This is consensus-based sampling in its optimizing mode (Carrillo, Hoffmann, Stuart, Vaes, *SIAM
-    J. Sci. Comput.* 44, 2022) with a memory of the covariance, or CMA-ES without its paths.
+    This is consensus-based sampling in its optimizing mode (Carrillo, Hoffmann, Stuart, Vaes,
+    *Studies in Applied Mathematics* 148, 2022) with a memory of the covariance, or CMA-ES without
+    its paths.
 
     - `rate`: the largest c. - `inflation`: the exponent; 0 for none.
     """
