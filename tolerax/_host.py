@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tolerax import _loop
 from tolerax.checkpoint import Checkpoint, fingerprint
 from tolerax.contracts import Problem, Solver
-from tolerax.errors import EvaluationError
+from tolerax.errors import EvaluationError, WorkersLostError
 from tolerax.progress import Progress, Silent
 from tolerax.solution import Run, Solution, Step
 from tolerax.status import Status
@@ -61,6 +61,8 @@ class Host:
                     run = self._one(run) if single else self._slice(run, length, last)
                 except StopIteration:
                     return self._end(self.latest, Status.stopped)
+                except WorkersLostError:
+                    return self._end(self.latest, Status.worker_lost)
                 if not single and watched:
                     # A slice takes about SLICE_SECONDS once its first call has compiled.
                     took = time.perf_counter() - tick
@@ -70,6 +72,7 @@ class Host:
             return self._end(run, Status.budget)
         finally:
             self.meter.close("")
+            self.problem.close()
 
     def _going(self, run: Run, last: int) -> bool:
         running = bool(run.status == Status.running) and int(run.step) < last
@@ -86,7 +89,7 @@ class Host:
             query = _loop.ask_compiled(self.solver, run, self.limits)
             try:
                 evaluation = self.problem.evaluate(query)
-            except StopIteration:
+            except (StopIteration, WorkersLostError):
                 raise
             except Exception as error:
                 self._save(run, force=True)

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, PRNGKeyArray, PyTree
 from tolerax.contracts import Evaluation, Problem, Query, Solver, Start, Work, tree_all_finite
 from tolerax.progress import report_from_compiled
 from tolerax.solution import Best, History, Run, empty_history
-from tolerax.status import PointStatus, Status, is_success
+from tolerax.status import PointStatus, Status, is_failed, is_success
 
 MAX_HISTORY = 4096
 
@@ -51,7 +51,7 @@ def begin(
 def resumable(run: Run) -> Run:
     """A run that ended for a limit goes on; one that ended for a reason of its own stays ended."""
     limited = (run.status == Status.budget) | (run.status == Status.time)
-    limited = limited | (run.status == Status.stopped)
+    limited = limited | (run.status == Status.stopped) | (run.status == Status.worker_lost)
     status = Status.where(limited, Status.running, run.status)
     return eqx.tree_at(lambda r: r.status, run, status)
 
@@ -152,7 +152,7 @@ def _note(
 ) -> Run:
     """Add the work, also the solver's own, and keep the best point."""
     candidate, usable = _candidate(solver, query, evaluation, run)
-    failed = evaluation.status == PointStatus.failed
+    failed = is_failed(evaluation.status)
     failed = jnp.sum(failed if query.mask is None else failed & query.mask)
     best = run.best
     slack = 4 * jnp.finfo(best.value.dtype).eps * jnp.abs(best.value)

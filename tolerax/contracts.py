@@ -262,11 +262,17 @@ class Problem(eqx.Module):
         return Provenance()
 
     def on(self, executor: Any) -> "Problem":
-        """This problem with its points evaluated on an executor (`submit(fn, *args)`)."""
+        """This problem as a run evaluates it: on an executor (`submit(fn, *args)`) unless that is
+        `None`."""
+        if executor is None:
+            return self
         raise ValueError(
             f"executor is {executor!r}, but {type(self).__name__} is evaluated by compiled code: "
             "leave executor out, or use `Objective(fun, host=True)`."
         )
+
+    def close(self) -> None:
+        """Let go of what evaluations hold (workers, files): `solve` calls this when it ends."""
 
     def outline(self) -> "Problem":
         """This problem as far as the shapes of its answers go: a run is begun with it. Python code

@@ -89,8 +89,7 @@ def solve(
         )
     meter = resolve(progress)
     limits = _limits(max_work)
-    if executor is not None:
-        problem = problem.on(executor)
+    problem = problem.on(executor)
     if isinstance(x0, Run):
         run = _loop.extended(_loop.resumable(x0), max_steps)
     else:

@@ -18,3 +18,8 @@ class EvaluationError(RuntimeError):
     def __init__(self, message: str, solution: Any):
         super().__init__(message)
         self.solution = solution
+
+
+class WorkersLostError(RuntimeError):
+    """Raised by an evaluation whose workers are lost and cannot be replaced. `solve` ends the run
+    with `Status.worker_lost`."""

@@ -19,7 +19,8 @@ def fingerprint(tree: Any) -> str:
     """32 hexadecimal digits that name a problem or a solver: equal content, equal digits.
 
     - Arrays count with dtype, shape and every bit; scalars and strings with their value; modules,
-      dataclasses and other pytrees with their class and all fields, static ones too.
+      dataclasses and other pytrees with their class and all fields, static ones too (but those
+      declared with `compare=False`, which say how and not what).
     - Functions count with their qualified name, and with the arrays, scalars, strings, functions
       and modules that they close over or have as defaults. The code of a function, and lists or
       dictionaries that it closes over (often logs of its calls), do not count.
@@ -122,7 +123,8 @@ class _Reader:
             parts = (value.func, value.args, value.keywords)
             return _join("partial", kind, *map(self.read, parts))
         if dataclasses.is_dataclass(value):
-            names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
+            fields = [f for f in dataclasses.fields(value) if f.compare]
+            names = [f.name for f in fields if hasattr(value, f.name)]
             parts = [part for name in names for part in (name, getattr(value, name))]
             return _join("dataclass", kind, *map(self.read, parts))
         if callable(getattr(value, "__wrapped__", None)):  # jax.jit, jax.custom_jvp, ...

@@ -14,7 +14,10 @@ class PointStatus(eqx.Enumeration):
     ok = ""
     inaccurate = "The inner solve ran out of iterations before it reached the requested accuracy."
     floor = "Rounding keeps the inner solve from the requested accuracy."
-    failed = "The value or the gradient is not finite, or the evaluation raised."
+    failed = (
+        "The value or the gradient is not finite, the evaluation raised, or it killed its worker."
+    )
+    timed_out = "The evaluation gave no value before its deadline."
     contradicted = (
         "The residuals contradict a constant of the problem (for instance, the lower-level problem "
         "has less curvature than `strong_convexity` says)."
@@ -76,13 +79,17 @@ class Status(eqx.Enumeration):
         "Unbounded: the values fall without limit. Add bounds or a regularizer to the problem."
     )
     infeasible = "Infeasible: no point that satisfies the constraints was found."
-    worker_lost = "A worker was lost and its evaluation could not be repeated."
+    worker_lost = (
+        "Workers were lost and could not be replaced (the log says why): give `executor` as a "
+        "number of processes or as a callable that makes an executor, and continue from `state`."
+    )
     stopped = "Stopped by the user (StopIteration from the callback)."
 
     if TYPE_CHECKING:
         _value: Any
 
 
+FAILED = (PointStatus.failed, PointStatus.timed_out)
 CONVERGED = (Status.converged, Status.converged_estimated, Status.consensus)
 
 
@@ -93,3 +100,12 @@ def is_success(status: Any) -> Bool[Array, "*batch"]:
     (True, False)
     """
     return functools.reduce(operator.or_, [status == one for one in CONVERGED])
+
+
+def is_failed(status: Any) -> Bool[Array, "*batch"]:
+    """Whether the status of a point says that there is no value.
+
+    >>> bool(is_failed(PointStatus.timed_out)), bool(is_failed(PointStatus.inaccurate))
+    (True, False)
+    """
+    return functools.reduce(operator.or_, [status == one for one in FAILED])

@@ -149,6 +149,8 @@ class Objective(Problem):
         return self.is_host
 
     def on(self, executor: Any) -> "Objective":
+        if executor is None:
+            return self
         return Objective(
             self.fun,
             gradient=self.gradient,

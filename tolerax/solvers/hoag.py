@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.solvers._common import Box, resolution, select, success
-from tolerax.status import PointStatus, Status
+from tolerax.status import Status, is_failed
 
 
 class HOAGState(eqx.Module):
@@ -102,7 +102,7 @@ class HOAG(Solver):
     def tell(self, state: HOAGState, query: Query, evaluation: Evaluation) -> HOAGState:
         z, _ = ravel_pytree(evaluation.gradient)
         x, f, k = state.x, evaluation.value, state.iterations
-        failed = evaluation.status == PointStatus.failed
+        failed = is_failed(evaluation.status)
         first = state.scale == 0
         measure = state.box.stationarity(x, z)
         tiny = jnp.finfo(z.dtype).tiny

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.lbfgs import Pairs, add_pair, inverse_product, no_pairs
 from tolerax.solvers._common import Box, failure, resolution, select, success
-from tolerax.status import PointStatus, Status
+from tolerax.status import PointStatus, Status, is_failed
 
 INCUMBENT, TRIAL, AHEAD, BEHIND = range(4)
 
@@ -171,7 +171,7 @@ class InexactLineSearch(Solver):
         )
         status = evaluation.status
         # A bound that is not a number bounds nothing.
-        failed = (status == PointStatus.failed) | ~jnp.isfinite(told.z_error + told.f_error)
+        failed = is_failed(status) | ~jnp.isfinite(told.z_error + told.f_error)
         converged = (
             Status.converged if evaluation.provenance.certified else Status.converged_estimated
         )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.solvers._common import Box, failure, resolution, select, success
-from tolerax.status import PointStatus, Status
+from tolerax.status import PointStatus, Status, is_failed
 
 GRADIENT, TRIAL = 0, 1
 
@@ -119,7 +119,7 @@ class MAID(Solver):
         return Query(state.box.unravel(x), Accuracy(state.request.state, adjoint), state.carry)
 
     def tell(self, state: MAIDState, query: Query, evaluation: Evaluation) -> MAIDState:
-        failed = evaluation.status == PointStatus.failed
+        failed = is_failed(evaluation.status)
         certified = evaluation.provenance.certified
         converged = Status.converged if certified else Status.converged_estimated
         state = jax.lax.cond(
