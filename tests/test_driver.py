@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import tolerax
+from benchmarks.timing import compilations
 from tests.conformance import zoo
 from tolerax import Accuracy, Evaluation, Objective, PointStatus, Query, Solver, Status, Work
 from tolerax.errors import SolveError
@@ -123,6 +124,24 @@ def test_progress_is_told_and_never_changes_a_run():
     assert step == int(solution.steps)
     assert scalars["value"] == float(solution.value)
     np.testing.assert_array_equal(solution.x, zoo.run(bowl(), solver, START).x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda number: tolerax.InexactLineSearch(rtol=number, accuracy=Accuracy(number, number)),
+        lambda number: tolerax.HOAG(tolerance=number, rtol=number),
+        lambda number: tolerax.CBO(particles=8, dt=number, spread=number, tol=number),
+    ],
+)
+def test_other_numbers_do_not_compile_again(make):
+    def run(number):
+        tolerax.solve(bowl(), make(number), START + number, max_steps=3, max_work=1000)
+
+    run(1e-2)
+    with compilations() as found:
+        run(2e-2)
+    assert found == []
 
 
 def test_time_is_checked_between_slices_of_a_compiled_run():

@@ -107,13 +107,11 @@ def inside(x: PyTree, bounds: Any) -> PyTree:
 
 
 def in_float64(tree: Any) -> Any:
-    """Arrays that were made while JAX computed in float32, cast; floats as arrays, so that another
-    tolerance does not compile again."""
+    """Arrays that were made while JAX computed in float32, cast."""
 
     def cast(leaf: Any) -> Any:
-        if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf.astype(jnp.float64)
-        return jnp.asarray(leaf) if type(leaf) is float else leaf
+        floating = eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(jnp.float64) if floating else leaf
 
     return jax.tree.map(cast, tree)
 

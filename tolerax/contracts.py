@@ -312,9 +312,10 @@ class Start:
 class Solver(eqx.Module):
     """A solver is immutable configuration; what evolves lives in a state (a pytree of arrays).
 
-    Four methods make a solver. Three more have defaults: `verify` re-checks the stopping criterion
-    on a fresh evaluation of the returned point, `work` counts what `tell` did with operators,
-    `record` names scalars for the history.
+    Four methods make a solver. Four more have defaults: `check` looks at options and start before
+    anything is compiled, `verify` re-checks the stopping criterion on a fresh evaluation of the
+    returned point, `work` counts what `tell` did with operators, `record` names scalars for the
+    history.
     """
 
     @abc.abstractmethod
@@ -336,6 +337,11 @@ class Solver(eqx.Module):
     @abc.abstractmethod
     def terminate(self, state: State) -> tuple[Bool[Array, ""], Any]:
         """Whether the run is over, and with which `Status`."""
+
+    def check(self, x0: PyTree) -> None:
+        """Raise for options that do not fit the start, warn of options that will not work. Called
+        once a run, on the host unless the whole run is compiled."""
+        del x0
 
     def verify(self, state: State, evaluation: Evaluation) -> Bool[Array, ""]:
         """Whether the stopping criterion holds for a fresh evaluation of the returned point (always

@@ -23,7 +23,7 @@ from tolerax.errors import SolveError
 from tolerax.progress import Silent, resolve
 from tolerax.solution import Run, Solution, Step
 from tolerax.status import Status
-from tolerax.validation import check_bounds, check_start, is_concrete
+from tolerax.validation import check_bounds, check_start, is_concrete, traced_floats
 
 
 def solve(
@@ -90,10 +90,13 @@ def solve(
     meter = resolve(progress)
     limits = _limits(max_work)
     problem = problem.on(executor)
+    if not isinstance(x0, Run):
+        x0 = check_start(x0)
+        solver.check(x0)
+    solver = traced_floats(solver)
     if isinstance(x0, Run):
         run = _loop.extended(_loop.resumable(x0), max_steps)
     else:
-        x0 = check_start(x0)
         bounds = check_bounds(problem.bounds, x0)
         key = jax.random.key(0) if key is None else key
         run = _loop.begin(problem.outline(), solver, x0, bounds, key, max_steps)

@@ -276,6 +276,9 @@ class AtMost(Solver):
     solver: Solver
     limit: Array
 
+    def check(self, x0: PyTree) -> None:
+        self.solver.check(x0)
+
     def init(self, start: Start) -> State:
         return self.solver.init(start), jnp.array(0)
 

@@ -14,6 +14,18 @@ def is_concrete(tree: PyTree) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def traced_floats(tree: PyTree) -> PyTree:
+    """Python floats as (weakly typed) arrays, so that another tolerance does not compile again.
+
+    A zero stays: it switches something off, which is other code.
+    """
+
+    def cast(leaf: Any) -> Any:
+        return jnp.asarray(leaf) if type(leaf) is float and leaf != 0.0 else leaf
+
+    return jax.tree.map(cast, tree)
+
+
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path) or ""
 

@@ -138,7 +138,6 @@ class CBO(Solver):
         x0, _ = ravel_pytree(start.x)
         box = Box.of(start)
         key, first = jax.random.split(start.key)
-        self._warn(x0.size)
         bounded = jnp.all(jnp.isfinite(box.lower) & jnp.isfinite(box.upper))
         x = self._ensemble(start, x0, box, bounded, first)
         x = distributed(jax.vmap(self._feasible(box))(x), self.sharding)
@@ -164,11 +163,12 @@ class CBO(Solver):
             status=Status.running,
         )
 
-    def _warn(self, d: int) -> None:
+    def check(self, x0: PyTree) -> None:
         """Say so when noise beats drift: then particles never agree."""
         leaves = jax.tree.leaves((self.noise, self.drift, self.dt))
         if not is_concrete(leaves):
             return
+        d = sum(leaf.size for leaf in jax.tree.leaves(x0))
         growth = self.noise.contraction(float(self.drift * self.dt), d)
         if growth >= 0:
             warnings.warn(
