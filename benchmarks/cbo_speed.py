@@ -60,7 +60,7 @@ def same_scheme(particles: int) -> tolerax.CBO:
     return tolerax.CBO(
         particles=particles,
         consensus=SoftConsensus(alpha=ALPHA, standardized=False),
-        noise=Anisotropic(s=S, jumps=0.0),
+        noise=Anisotropic(s=S, jumps=None),
         dt=DT,
         tol=1e-300,
     )

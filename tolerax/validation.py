@@ -15,15 +15,8 @@ def is_concrete(tree: PyTree) -> bool:
 
 
 def traced_floats(tree: PyTree) -> PyTree:
-    """Python floats as (weakly typed) arrays, so that another tolerance does not compile again.
-
-    A zero stays: it switches something off, which is other code.
-    """
-
-    def cast(leaf: Any) -> Any:
-        return jnp.asarray(leaf) if type(leaf) is float and leaf != 0.0 else leaf
-
-    return jax.tree.map(cast, tree)
+    """Python floats as (weakly typed) arrays, so that another tolerance does not compile again."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if type(leaf) is float else leaf, tree)
 
 
 def _name(path: Any) -> str:

@@ -115,7 +115,7 @@ def test_one_step_has_the_moments_of_the_equation():
     n, s, h = 200_000, 0.7, 0.1
     u = jnp.broadcast_to(jnp.array([[2.0, -1.0, 0.5]]), (n, 3))
     key, scale, w = jax.random.key(0), jnp.ones(3), jnp.full(n, 1 / n)
-    moved = Anisotropic(s, jumps=0.0)(key, u, (1 - h) * u, scale, w, None)
+    moved = Anisotropic(s, jumps=None)(key, u, (1 - h) * u, scale, w, None)
     error = s * np.abs(u[0]) / np.sqrt(n)
     assert np.all(np.abs(np.mean(moved, axis=0) - (1 - h) * u[0]) < 5 * error)
     np.testing.assert_allclose(np.std(moved, axis=0), s * np.abs(u[0]), rtol=5 / np.sqrt(2 * n))

@@ -250,7 +250,7 @@ class Anisotropic(Noise):
 
     - `s`: the strength of a step. Particles agree while `E log|1 - lambda dt + s xi| < 0`, that is
       up to about s = 1.57.
-    - `jumps`: the mean number of jumps of a particle in a step, at most 0.01 d; 0 for none. A jump
+    - `jumps`: the mean number of jumps of a particle in a step, at most 0.01 d; `None` for none. A jump
       sets one coordinate to that of the consensus plus `jump_scale` times the spread of the start
       times xi: multiplicative noise alone never brings back a coordinate that all particles agree
       on. (Jump diffusion as of Kalise, Sharma, Tretyakov, *M3AS* 33, 2023, with a width that does
@@ -260,7 +260,7 @@ class Anisotropic(Noise):
     """
 
     s: float = 0.8
-    jumps: float = 0.06
+    jumps: float | None = 0.06
     jump_scale: float = 0.4
     floor: float = 0.0
     truncated: float = float("inf")
@@ -268,7 +268,7 @@ class Anisotropic(Noise):
     def __check_init__(self):
         for name in ("s", "jumps", "jump_scale", "floor", "truncated"):
             value = getattr(self, name)
-            if not isinstance(value, jax.Array) and not value >= 0:
+            if isinstance(value, float | int) and not value >= 0:
                 raise ValueError(f"{name} is {value}: it must not be negative.")
 
     def __call__(
@@ -286,7 +286,7 @@ class Anisotropic(Noise):
         width = jnp.clip(jnp.abs(u), self.floor * scale[None], self.truncated)
         n, d = u.shape
         moved = drifted + self.s * width * xi
-        if isinstance(self.jumps, float | int) and self.jumps == 0:
+        if self.jumps is None:
             return moved
         # A jump takes many steps to be forgotten: with more of them particles never agree.
         jumping = jax.random.uniform(when, (n,)) < jnp.minimum(self.jumps, 0.01 * d)
