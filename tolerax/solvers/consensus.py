@@ -250,7 +250,7 @@ class Anisotropic(Noise):
 
     - `s`: the strength of a step. Particles agree while `E log|1 - lambda dt + s xi| < 0`, that is
       up to about s = 1.57.
-    - `jumps`: the mean number of jumps of a particle in a step, at most 0.01 d; `None` for none. A jump
+    - `jumps`: the mean number of jumps of a particle in a step, at most 0.01 d, or `None`. A jump
       sets one coordinate to that of the consensus plus `jump_scale` times the spread of the start
       times xi: multiplicative noise alone never brings back a coordinate that all particles agree
       on. (Jump diffusion as of Kalise, Sharma, Tretyakov, *M3AS* 33, 2023, with a width that does
