@@ -10,3 +10,4 @@ from tolerax.inner.minimizers import AcceleratedGradient as AcceleratedGradient
 from tolerax.inner.minimizers import NewtonCG as NewtonCG
 from tolerax.inner.minres import MINRES as MINRES
 from tolerax.inner.roots import NewtonKrylov as NewtonKrylov
+from tolerax.inner.spectral import Laplacian as Laplacian
