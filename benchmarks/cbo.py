@@ -1,6 +1,6 @@
 """The figures of consensus-based optimization: `python -m benchmarks cbo`."""
 
-from benchmarks import cbo_devices, cbo_rotated, cbo_speed, cbo_success
+from benchmarks import cbo_devices, cbo_hopping, cbo_rotated, cbo_speed, cbo_success
 
 GROUPS = (
     cbo_success.RASTRIGIN_GROUP,
@@ -9,6 +9,7 @@ GROUPS = (
     cbo_rotated.GROUP,
     cbo_success.SPHERE_GROUP,
     cbo_success.NAN_GROUP,
+    cbo_hopping.GROUP,
     cbo_speed.SPEED_GROUP,
     cbo_speed.MANY_GROUP,
     cbo_devices.GROUP,

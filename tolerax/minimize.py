@@ -32,7 +32,9 @@ from tolerax.contracts import Accuracy, Evaluation, Problem, Query, Solver, Star
 from tolerax.driver import solve
 from tolerax.solution import Solution, Step
 from tolerax.solvers.cbo import CBO
+from tolerax.solvers.freezing import ConsensusFreezing
 from tolerax.solvers.hoag import HOAG
+from tolerax.solvers.hopping import ConsensusHopping
 from tolerax.solvers.line_search import InexactLineSearch
 from tolerax.solvers.maid import MAID
 from tolerax.status import Status
@@ -44,6 +46,8 @@ METHODS: dict[str, Callable[[], Solver]] = {
     "maid": MAID,
     "hoag": HOAG,
     "cbo": CBO,
+    "consensus-hopping": ConsensusHopping,
+    "consensus-freezing": ConsensusFreezing,
 }
 
 #: Codes of `OptimizeResult.status`: 0 is success; 1, 2, 3 and 99 are those of SciPy's BFGS.
@@ -108,8 +112,9 @@ def minimize(
       a second or two for each new function object: define it once, and pass what changes in `args`.
     - `x0`: the start. Integers are cast; a point outside `bounds` is moved inside, with a warning.
     - `args`: further arguments of `fun` and `jac`; a single one may stand without its tuple.
-    - `method`: `"line-search"` (default), `"steepest-descent"`, `"maid"`, `"hoag"`, `"cbo"`
-      (global, by values at many points), or a solver of this library.
+    - `method`: `"line-search"` (default), `"steepest-descent"`, `"maid"`, `"hoag"`; `"cbo"`,
+      `"consensus-hopping"`, `"consensus-freezing"` (by values at many points); or a solver of this
+      library.
     - `jac`: `None`; `True` when `fun` returns `(value, gradient)`; a callable `jac(x, *args)`;
       `"2-point"` (forward differences, central ones where the accuracy needs them) or `"3-point"`
       (central differences). With a string `fun` is always called as Python code.

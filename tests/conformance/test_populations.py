@@ -20,7 +20,13 @@ from tests.conformance import zoo
 from tests.conformance.test_runs import stop_at
 from tolerax import CBO, Solver, Status
 from tolerax.checkpoint import Checkpoint, CheckpointError
-from tolerax.solvers import EffectiveSampleSize, Isotropic, SoftConsensus
+from tolerax.solvers import (
+    ConsensusFreezing,
+    ConsensusHopping,
+    EffectiveSampleSize,
+    Isotropic,
+    SoftConsensus,
+)
 
 STEPS = 1000
 
@@ -56,9 +62,12 @@ POPULATIONS = (
         },
     ),
     Population("cbo-memory-batch", CBO, None, {"particles": 60, "batch": 40, "memory": 0.4}),
+    Population("hopping", ConsensusHopping, "consensus-hopping", {"particles": 40}),
+    Population("freezing", ConsensusFreezing, "consensus-freezing", {"particles": 40}),
 )
 every = pytest.mark.parametrize("entry", POPULATIONS, ids=str)
-FAMILIES = POPULATIONS[:1]
+# For what depends on the code of a solver and not on its fields. Freezing is CBO with a noise.
+FAMILIES = tuple(entry for entry in POPULATIONS if entry.name in ("cbo", "hopping"))
 each_family = pytest.mark.parametrize("entry", FAMILIES, ids=str)
 # Half of the particles agree to 1e-4 * (1 + |x|) when they stop, and the best is one of them.
 CLOSE = 2e-2

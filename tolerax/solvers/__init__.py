@@ -12,6 +12,8 @@ from tolerax.solvers.consensus import Polarized as Polarized
 from tolerax.solvers.consensus import Quantile as Quantile
 from tolerax.solvers.consensus import RankWeights as RankWeights
 from tolerax.solvers.consensus import SoftConsensus as SoftConsensus
+from tolerax.solvers.freezing import ConsensusFreezing as ConsensusFreezing
 from tolerax.solvers.hoag import HOAG as HOAG
+from tolerax.solvers.hopping import ConsensusHopping as ConsensusHopping
 from tolerax.solvers.line_search import InexactLineSearch as InexactLineSearch
 from tolerax.solvers.maid import MAID as MAID

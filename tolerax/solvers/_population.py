@@ -1,0 +1,105 @@
+"""What solvers that ask for values at many points share: flat ensembles, energies, probes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+
+from tolerax.contracts import Accuracy, Evaluation, Query
+from tolerax.inner.particles import normal
+from tolerax.solvers._common import Box
+from tolerax.status import PointStatus
+from tolerax.validation import is_concrete
+
+Positions = Float[Array, "n d"]
+PROBE_LADDER = 12.0  # halvings from the largest probe down to the smallest
+
+
+def flat(points: PyTree) -> Positions:
+    """A batch of points as rows."""
+    return jax.vmap(lambda point: ravel_pytree(point)[0])(points)
+
+
+def batch_query(x: Positions, box: Box, accuracy: Accuracy) -> Query:
+    """A question for the values at all rows of x."""
+    each = lambda t: jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])  # noqa: E731
+    return Query(
+        jax.vmap(box.unravel)(x),
+        Accuracy(each(accuracy.state), each(accuracy.adjoint)),
+        mask=jnp.ones(x.shape[0], bool),
+        derivatives=0,
+    )
+
+
+def energies(query: Query, evaluation: Evaluation, dtype: Any) -> Float[Array, " n"]:
+    """Upper ends of the values, infinite where a point failed or was not evaluated."""
+    value = (evaluation.value + evaluation.value_error).astype(dtype)
+    ok = (evaluation.status != PointStatus.failed) & ~jnp.isnan(value)
+    if query.mask is not None:
+        ok = ok & query.mask
+    return jnp.where(ok, value, jnp.inf)
+
+
+def refuse_constraints(evaluation: Evaluation, solver: str) -> None:
+    """Say so where a problem has constraints that a solver does not look at."""
+    if evaluation.violation is not None:
+        raise ValueError(
+            f"{solver} looks at values only, but the points of this problem have a `violation`: "
+            "use `CBO` with its `penalty`."
+        )
+
+
+def scale_like(spread: PyTree, x: PyTree, name: str = "spread") -> Float[Array, " d"]:
+    """A spread, given as a number or as a pytree like x, for every coordinate of the flat x."""
+    if jax.tree.structure(spread) != jax.tree.structure(x):
+        leaves = jax.tree.leaves(spread)
+        if len(leaves) != 1 or jnp.ndim(leaves[0]):
+            raise ValueError(f"{name} is {spread!r}: give a number or a pytree like x0.")
+        spread = jax.tree.map(lambda leaf: leaves[0], x)
+    full = lambda s, leaf: jnp.broadcast_to(jnp.asarray(s, leaf.dtype), leaf.shape)  # noqa: E731
+    return ravel_pytree(jax.tree.map(full, spread, x))[0]
+
+
+def probe_lengths(count: int, dtype: Any) -> Float[Array, " n"]:
+    """Lengths of probes relative to the scale: they halve from 1 down."""
+    return (2.0 ** (-PROBE_LADDER * jnp.arange(count) / count)).astype(dtype)
+
+
+def probes(
+    key: PRNGKeyArray, about: Float[Array, " d"], scale: Float[Array, " d"], count: int
+) -> Positions:
+    """Points around one, normally distributed, at all distances up to `scale`."""
+    like = jnp.zeros((count, about.size), about.dtype)
+    length = probe_lengths(count, about.dtype)
+    return about[None] + length[:, None] * scale[None] * normal(key, like)
+
+
+def check_positive(owner: Any, *names: str) -> None:
+    """Raise for fields that are not positive (arrays, which may be traced, are believed)."""
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, jax.Array) and not value > 0:
+            raise ValueError(f"{name} is {value}: it must be positive.")
+
+
+def check_count(particles: Any) -> None:
+    """Raise where the number of particles is no integer of at least 2."""
+    if not isinstance(particles, int) or particles < 2:
+        raise ValueError(f"particles is {particles!r}: give an integer of at least 2.")
+
+
+def check_spread(spread: PyTree) -> None:
+    """Raise where a spread has entries that are not positive and finite."""
+    for leaf in jax.tree.leaves(spread):
+        if is_concrete(leaf):
+            entries = np.asarray(leaf)
+            if not (np.isfinite(entries).all() and (entries > 0).all()):
+                raise ValueError(f"spread is {spread!r}: its entries must be positive and finite.")
+
+
+def any_finite(energy: Float[Array, " n"]) -> Bool[Array, ""]:
+    """Whether at least one energy is a number (or minus infinity)."""
+    return jnp.any(energy < jnp.inf)
