@@ -14,7 +14,7 @@ def dense(laplacian):
     """The matrix of the stencil, column by column."""
     size = int(np.prod(laplacian.shape))
     columns = jax.vmap(lambda e: laplacian.mv(e.reshape(laplacian.shape)).reshape(-1))
-    return np.asarray(columns(jnp.eye(size))).T
+    return np.asarray(jax.jit(columns)(jnp.eye(size))).T
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -66,7 +66,7 @@ def test_second_order():
 def test_steps_of_a_preconditioned_solve_do_not_grow_with_the_grid():
     """-div(k grad u) with k between 1/e and e: the condition with the Laplacian is at most e^2."""
     steps = []
-    for n in (15, 31, 63):
+    for n in (15, 63):
         laplacian = Laplacian((n, n))
         x, y = jnp.meshgrid(*2 * (jnp.arange(n + 1) / n,), indexing="ij")
         k = jnp.exp(jnp.sin(5 * x) * jnp.cos(3 * y))

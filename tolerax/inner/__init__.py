@@ -9,5 +9,7 @@ from tolerax.inner.minimizers import LBFGS as LBFGS
 from tolerax.inner.minimizers import AcceleratedGradient as AcceleratedGradient
 from tolerax.inner.minimizers import NewtonCG as NewtonCG
 from tolerax.inner.minres import MINRES as MINRES
+from tolerax.inner.multigrid import Diffusion as Diffusion
+from tolerax.inner.multigrid import Multigrid as Multigrid
 from tolerax.inner.roots import NewtonKrylov as NewtonKrylov
 from tolerax.inner.spectral import Laplacian as Laplacian
