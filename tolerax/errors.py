@@ -23,3 +23,8 @@ class EvaluationError(RuntimeError):
 class WorkersLostError(RuntimeError):
     """Raised by an evaluation whose workers are lost and cannot be replaced. `solve` ends the run
     with `Status.worker_lost`."""
+
+
+class JournalError(ValueError):
+    """The journal of `Workers` cannot be written, or must not be read; the message says why and
+    what to do."""

@@ -10,3 +10,4 @@ from tolerax.problems.implicit import Implicit as Implicit
 from tolerax.problems.norms import CrossBounds as CrossBounds
 from tolerax.problems.objective import Objective as Objective
 from tolerax.problems.stability import Stability as Stability
+from tolerax.problems.workers import Workers as Workers

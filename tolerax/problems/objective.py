@@ -1,7 +1,5 @@
 """A plain function of x: values and gradients without error."""
 
-import functools
-import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -20,11 +18,10 @@ from tolerax.contracts import (
     Work,
     exact_evaluation,
 )
-from tolerax.problems.python_code import DIFFERENCES, Row, Wanted, call, failed, like, rounding
+from tolerax.problems.python_code import DIFFERENCES, Row, Wanted, failed, like, rounding
+from tolerax.problems.workers import Workers
 from tolerax.status import PointStatus
 from tolerax.validation import is_concrete
-
-logger = logging.getLogger("tolerax")
 
 
 class HessianOf(eqx.Module):
@@ -79,9 +76,9 @@ class Objective(Problem):
     - `host`: `fun` is Python code that JAX cannot trace; it gets NumPy arrays of its own and is
       called once a point.
     - `on_error`: what an exception of a `host` function means: `"raise"` ends the run with the best
-      point attached to the error, `"fail"` marks the point as failed and goes on (the exception is
-      logged).
-    - `executor`: evaluates points of a `host` function, anything with `submit(fn, *args)`.
+      point attached to the error, `"fail"` marks the point as failed and goes on (the first
+      exception of a run is logged, all are counted).
+    - `executor`: evaluates points of a `host` function: [`Workers`][], or what these take.
 
     Values of lower precision than x (a float32 network called with float64 variables) get a
     `value_error` of their rounding.
@@ -97,7 +94,8 @@ class Objective(Problem):
     bounds: tuple[PyTree, PyTree] | None = None
     is_host: bool = eqx.field(static=True, default=False)
     on_error: str = eqx.field(static=True, default="raise")
-    executor: Any = eqx.field(static=True, default=None)
+    # Where points are evaluated does not change what the problem is.
+    executor: Workers | None = eqx.field(static=True, default=None, compare=False)
 
     def __init__(
         self,
@@ -124,8 +122,6 @@ class Objective(Problem):
                     f"gradient is {gradient!r}, but finite differences are for Python code: leave "
                     "gradient out to differentiate by JAX, or give host=True."
                 )
-        if executor is not None and not hasattr(executor, "submit"):
-            raise TypeError(f"executor is {executor!r}: it must have `submit(fn, *args)`.")
         if executor is not None and not host:
             raise ValueError(
                 f"executor is {executor!r}, but this objective is evaluated by compiled code: "
@@ -136,7 +132,7 @@ class Objective(Problem):
         self.bounds = bounds
         self.is_host = host
         self.on_error = on_error
-        self.executor = executor
+        self.executor = None if executor is None else Workers.of(executor)
 
     @property
     def provenance(self) -> Provenance:
@@ -149,7 +145,7 @@ class Objective(Problem):
         return self.is_host
 
     def on(self, executor: Any) -> "Objective":
-        if executor is None:
+        if executor is None and (self.executor is not None or not self.is_host):
             return self
         return Objective(
             self.fun,
@@ -157,8 +153,12 @@ class Objective(Problem):
             bounds=self.bounds,
             host=self.is_host,
             on_error=self.on_error,  # pyright: ignore[reportArgumentType]
-            executor=executor,
+            executor=Workers() if executor is None else executor,
         )
+
+    def close(self) -> None:
+        if self.executor is not None:
+            self.executor.release()
 
     def outline(self) -> "Objective":
         if not self.is_host:
@@ -232,23 +232,8 @@ class Objective(Problem):
         return self._assemble([next(rows) if m else skipped for m in mask], points[0], one)
 
     def _rows(self, points: list[PyTree], wanted: Wanted) -> list[Row]:
-        if self.executor is None:
-            calls = [functools.partial(call, self.fun, x, wanted) for x in points]
-        else:
-            futures = [self.executor.submit(call, self.fun, x, wanted) for x in points]
-            calls = [future.result for future in futures]
-        rows = []
-        for x, evaluate in zip(points, calls, strict=True):
-            try:
-                rows.append(evaluate())
-            except StopIteration:
-                raise
-            except Exception as error:
-                if self.on_error == "raise":
-                    raise
-                logger.info("the objective raised %s: %s", type(error).__name__, error)
-                rows.append(failed(x, wanted.derivatives))
-        return rows
+        workers = self.executor or Workers()
+        return workers.evaluate(self.fun, points, wanted, self.on_error)
 
     def _assemble(self, rows: list[Row], x: PyTree, one: bool) -> Evaluation:
         dtype = jax.tree.leaves(x)[0].dtype
@@ -268,6 +253,7 @@ class Objective(Problem):
             column([row.gradient_error for row in rows]),
             np.asarray(sum(row.calls for row in rows)),
             np.asarray(gradients),
+            np.asarray([row.outcome == "timed_out" for row in rows])[0 if one else slice(None)],
             self.provenance,
         )
 
@@ -280,6 +266,7 @@ def _answer(
     gradient_error: Any,
     calls: Any,
     gradients: Any,
+    timed_out: Any,
     provenance: Provenance,
 ) -> Evaluation:
     """What Python code answered, as an evaluation; compiled, since it is made at every point."""
@@ -295,11 +282,14 @@ def _answer(
         gradient_error_parts=Accuracy(gradient_error, zero),
         achieved=Accuracy(gradient_error, zero),
         work=Work(points=calls, values=calls, gradients=gradients),
-        status=_point_status(finite),
+        status=_point_status(finite, timed_out),
         provenance=provenance,
     )
 
 
-def _point_status(finite: Array) -> Any:
-    outcome = lambda one: PointStatus.where(one, PointStatus.ok, PointStatus.failed)  # noqa: E731
-    return jax.vmap(outcome)(finite) if finite.ndim else outcome(finite)
+def _point_status(finite: Array, timed_out: Array) -> Any:
+    def outcome(finite: Array, timed_out: Array) -> Any:
+        failed = PointStatus.where(timed_out, PointStatus.timed_out, PointStatus.failed)
+        return PointStatus.where(finite, PointStatus.ok, failed)
+
+    return jax.vmap(outcome)(finite, timed_out) if finite.ndim else outcome(finite, timed_out)

@@ -4,7 +4,7 @@ Everything here is NumPy and can be sent to another process.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,20 @@ class Wanted(NamedTuple):
     tolerance: float
 
 
+# `lost`: the point killed its worker.
+Outcome = Literal["answered", "raised", "timed_out", "lost"]
+
+
 class Row(NamedTuple):
-    """What is known at one point, and how often the function was called for it."""
+    """What is known at one point, how often the function was called for it, and how that went."""
 
     value: float
     value_error: float
     gradient: PyTree
     gradient_error: float
     calls: int
+    outcome: Outcome = "answered"
+    error: str = ""
 
 
 def failed(x: PyTree, derivatives: int, calls: int = 1) -> Row:
