@@ -9,9 +9,10 @@ import json
 import logging
 import os
 import stat
+import weakref
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tolerax.errors import JournalError
 from tolerax.fingerprint import qualified_name
@@ -41,7 +42,8 @@ class Journal:
         }
         self.records: list[dict[str, Any]] = []
         self._end: int | None = None
-        self._file: BinaryIO | None = None
+        self._file: int | None = None  # a descriptor
+        self._closing: weakref.finalize | None = None
         self._open()
 
     def append(self, record: dict[str, Any]) -> None:
@@ -58,18 +60,18 @@ class Journal:
     def sync(self) -> None:
         """Force what was appended to disk, so that a failing machine does not lose it either."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            os.fsync(self._file)
 
     def close(self) -> None:
         """Close the file; the next `append` opens it again."""
-        if self._file is not None:
+        if self._closing is not None:
             self.sync()
-            self._file.close()
-            self._file = None
+            self._closing()
+            self._file = self._closing = None
 
     # -- the file ---------------------------------------------------------------------------------
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> int:
         if self._file is not None:
             return self._file
         if self.path.is_symlink():
@@ -78,45 +80,45 @@ class Journal:
         for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
             flags |= getattr(os, name, 0)
         try:
-            file = os.fdopen(os.open(self.path, flags, 0o666), "r+b", buffering=0)
+            file = os.open(self.path, flags, 0o666)
         except OSError as error:
             raise JournalError(
                 f"{self.path}: the journal cannot be opened ({error}): its folder must exist and "
                 "be writable."
             ) from error
         try:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise JournalError(f"{self.path} is not a regular file: give another path.")
             _lock(file, self.path)
             if self._end is None:
                 self._read(file)
-            elif os.fstat(file.fileno()).st_size != self._end:
+            elif os.fstat(file).st_size != self._end:
                 raise JournalError(
                     f"{self.path}: the journal has changed since this run wrote to it: one journal "
                     "belongs to one run at a time."
                 )
         except BaseException:
-            file.close()
+            os.close(file)
             raise
-        self._file = file
+        self._file, self._closing = file, weakref.finalize(self, os.close, file)
         return file
 
-    def _write(self, file: BinaryIO, line: bytes) -> None:
+    def _write(self, file: int, line: bytes) -> None:
         assert self._end is not None
         try:
-            if file.write(line) != len(line):
+            if os.write(file, line) != len(line):
                 raise OSError("the disk took only a part of the record")
         except OSError as error:
             with contextlib.suppress(OSError):
-                file.truncate(self._end)
+                os.ftruncate(file, self._end)
             raise JournalError(f"{self.path}: the journal cannot be written ({error}).") from error
         self._end += len(line)
 
-    def _read(self, file: BinaryIO) -> None:
+    def _read(self, file: int) -> None:
         """Read all records, and cut off a torn last one."""
         good = 0
         torn: bytes | None = None
-        with open(file.fileno(), "rb", closefd=False) as lines:
+        with open(file, "rb", closefd=False) as lines:
             while line := lines.readline(LONGEST + 1):
                 record = decoded(line)
                 if torn is not None:
@@ -137,7 +139,7 @@ class Journal:
         self._end = good
         if torn is not None:
             logger.warning("%s: the last line was torn and is dropped.", self.path)
-            file.truncate(good)
+            os.ftruncate(file, good)
         if good == 0:
             self._write(file, encoded(self.head))
 
@@ -178,7 +180,7 @@ def decoded(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
+def _lock(file: int, path: Path) -> None:
     """Keep other runs out for as long as the file is open; a kill lets go of it."""
     try:
         import fcntl

@@ -67,6 +67,7 @@ class Known:
         for record in self._journal.records:
             key, nth = record.get("key"), record.get("nth")
             if not isinstance(key, str) or type(nth) is not int:
+                self.close()
                 raise _not_a_row("key or nth")
             ticket = Ticket(key, nth)
             self._past[ticket] = record

@@ -312,16 +312,18 @@ class Workers:
     def _ready(self, fun: Callable) -> Any:
         """An executor that was tried with `fun`."""
         if self._executor is not None:
-            if self._trusted is fun or self._tried(fun) is None:
+            error = None if self._trusted is fun else self._tried(fun)
+            if error is None:
                 return self._executor
-            if self._make is not None:
-                self._discard()
-        if self._executor is None:
-            try:
-                self._executor = self._given if self._make is None else _checked(self._make())
-                self.counts["made"] += self._make is not None
-            except Exception as error:
-                raise _gone(f"the executor cannot be made: {error}") from error
+            if self._make is None:
+                why = f"the executor broke ({type(error).__name__}: {error})"
+                raise _gone(f"{why}, and one that was given cannot be replaced") from error
+            self._discard()
+        try:
+            self._executor = self._given if self._make is None else _checked(self._make())
+        except Exception as error:
+            raise _gone(f"the executor cannot be made: {error}") from error
+        self.counts["made"] += self._make is not None
         error = self._tried(fun)
         if error is None:
             return self._executor
