@@ -323,7 +323,8 @@ class Workers:
             self._executor = self._given if self._make is None else _checked(self._make())
         except Exception as error:
             raise _gone(f"the executor cannot be made: {error}") from error
-        self.counts["made"] += self._make is not None
+        if self._make is not None:
+            self.counts["made"] += 1
         error = self._tried(fun)
         if error is None:
             return self._executor
