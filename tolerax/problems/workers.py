@@ -93,7 +93,7 @@ class Workers:
     >>> solver = tolerax.CBO(particles=10)
     >>> solution = tolerax.solve(box, solver, jnp.ones(2), max_steps=5, executor=workers)
     >>> workers.counts
-    Counter({'evaluated': 50})
+    Counter({'evaluated': 45, 'cached': 5})
     """
 
     def __init__(
