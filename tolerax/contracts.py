@@ -187,7 +187,8 @@ class Evaluation(eqx.Module):
       is a product with the Hessian of `value + <multipliers, constraints>`.
     - `constraints`: constraint values; `jacobian`: their Jacobian operator, with `mv` and `rmv`;
       `violation`: the largest violation (0 when feasible).
-    - `residuals`: r, where `value` is `|r|^2 / 2`; `residuals_jacobian`: their Jacobian operator.
+    - `residuals`: r, where `value` is `|r|^2 / 2`; sums of squares give them whatever is asked.
+      `residuals_jacobian`: their Jacobian operator, with `mv` and `rmv`.
     - `carry`: the warm start for the next query near this point.
     - `work`, `status`, `provenance`: cost, outcome, and the origin of constants.
     """

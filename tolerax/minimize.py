@@ -55,6 +55,7 @@ CODES: dict[str, int] = {
     "converged": 0,
     "converged_estimated": 0,
     "consensus": 0,
+    "sampled": 0,
     "budget": 1,
     "stalled": 2,
     "non_finite_start": 3,

@@ -42,6 +42,11 @@ class Status(eqx.Enumeration):
         "spread of the start found no lower value. That is no proof of a global minimum: run again "
         "with another key or more particles to see whether it holds."
     )
+    sampled = (
+        "Sampled: the ensemble in `solution.state.solver_state` (`ensemble`, `mean`, `covariance`) "
+        "is a sample of the density that the solver describes, as well as its size and method "
+        "allow. `x` is its best point, not its mean."
+    )
     accuracy_floor = (
         "Accuracy floor: rounding keeps the error bounds above what the stopping criterion asks. "
         "Use float64, rescale the problem, or ask for a larger tolerance."
@@ -90,7 +95,12 @@ class Status(eqx.Enumeration):
 
 
 FAILED = (PointStatus.failed, PointStatus.timed_out)
-CONVERGED = (Status.converged, Status.converged_estimated, Status.consensus)
+CONVERGED = (
+    Status.converged,
+    Status.converged_estimated,
+    Status.consensus,
+    Status.sampled,
+)
 
 
 def is_success(status: Any) -> Bool[Array, "*batch"]:

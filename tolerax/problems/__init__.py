@@ -7,6 +7,7 @@ from tolerax.problems.energy import Energy as Energy
 from tolerax.problems.energy import Euclidean as Euclidean
 from tolerax.problems.implicit import BackwardReport as BackwardReport
 from tolerax.problems.implicit import Implicit as Implicit
+from tolerax.problems.least_squares import LeastSquares as LeastSquares
 from tolerax.problems.norms import CrossBounds as CrossBounds
 from tolerax.problems.objective import Objective as Objective
 from tolerax.problems.stability import Stability as Stability

@@ -15,5 +15,6 @@ from tolerax.solvers.consensus import SoftConsensus as SoftConsensus
 from tolerax.solvers.freezing import ConsensusFreezing as ConsensusFreezing
 from tolerax.solvers.hoag import HOAG as HOAG
 from tolerax.solvers.hopping import ConsensusHopping as ConsensusHopping
+from tolerax.solvers.kalman import EnsembleKalmanInversion as EnsembleKalmanInversion
 from tolerax.solvers.line_search import InexactLineSearch as InexactLineSearch
 from tolerax.solvers.maid import MAID as MAID

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from tolerax.contracts import Accuracy, Evaluation, Query
+from tolerax.contracts import Accuracy, Evaluation, Query, Start
 from tolerax.inner.particles import normal
 from tolerax.solvers._common import Box
 from tolerax.status import PointStatus
@@ -16,6 +17,52 @@ from tolerax.validation import is_concrete
 
 Positions = Float[Array, "n d"]
 PROBE_LADDER = 12.0  # halvings from the largest probe down to the smallest
+
+
+class Ensemble(eqx.Module):
+    """The state of a solver whose particles are meant together, as a sample of a density.
+
+    `x` holds them flat, one a row; `ensemble`, `mean` and `covariance` say what they are.
+    """
+
+    x: eqx.AbstractVar[Positions]
+    box: eqx.AbstractVar[Box]
+
+    @property
+    def ensemble(self) -> PyTree:
+        """The particles: a pytree like x with a leading axis."""
+        return jax.vmap(self.box.unravel)(self.x)
+
+    @property
+    def mean(self) -> PyTree:
+        """Their mean, a pytree like x."""
+        return self.box.unravel(jnp.mean(self.x, axis=0))
+
+    @property
+    def covariance(self) -> Float[Array, "d d"]:
+        """Their covariance, between the entries of the flat x."""
+        return jnp.atleast_2d(jnp.cov(self.x.T))
+
+
+def first_ensemble(
+    start: Start, box: Box, particles: int, spread: PyTree, ensemble: PyTree, key: PRNGKeyArray
+) -> Positions:
+    """The given particles, or ones that are normally distributed about the start."""
+    x0, _ = ravel_pytree(start.x)
+    if ensemble is None:
+        like = jnp.zeros((particles, x0.size), x0.dtype)
+        return x0[None] + scale_like(spread, start.x)[None] * normal(key, like)
+    wanted = [(particles, *leaf.shape) for leaf in jax.tree.leaves(start.x)]
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(ensemble)]
+    if jax.tree.structure(ensemble) != jax.tree.structure(start.x) or shapes != wanted:
+        raise ValueError(
+            f"ensemble has the shapes {shapes}: it must be a pytree like x0 with a leading axis of "
+            f"particles={particles}, so of shapes {wanted}."
+        )
+    x = flat(ensemble).astype(x0.dtype)
+    x = eqx.error_if(x, ~jnp.isfinite(x), "ensemble has entries that are not finite.")
+    outside = jnp.any((x < box.lower[None]) | (x > box.upper[None]))
+    return eqx.error_if(x, outside, "ensemble has particles outside the bounds.")
 
 
 def flat(points: PyTree) -> Positions:
