@@ -58,8 +58,8 @@ def solve(
     - `progress`: `True`, `"bar"`, `"log"`, or an object of `tolerax.progress`.
     - `checkpoint`: a path or `Checkpoint`: the run is saved there now and then, and continues from
       there when the file exists already.
-    - `executor`: anything with `submit(fn, *args)`, for problems whose points are evaluated by
-      Python code.
+    - `executor`: where points are evaluated by Python code: a number of processes, an executor
+      (`submit(fn, *args)`), a callable that makes one, or [`Workers`][] with further options.
     - `throw`: raise `SolveError` (with the solution attached) unless the status is a success.
 
     Under `jit` and `vmap` the whole run is compiled; callbacks, checkpoints and time limits then

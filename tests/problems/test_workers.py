@@ -400,8 +400,8 @@ def test_arguments_that_cannot_be_used(arguments, error, message):
 
 def test_pools_that_fork_are_refused():
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
-    with pytest.raises(ValueError, match=r"forks deadlock with JAX. Give a number"):
+    with pytest.raises(ValueError, match=r"forks can deadlock with JAX. Give a number"):
         Workers(pool)
-    with pytest.raises(WorkersLostError, match="forks deadlock with JAX"):
+    with pytest.raises(WorkersLostError, match="forks can deadlock with JAX"):
         Workers(lambda: pool).evaluate(bowl, POINTS, VALUES)
     assert Burst(1, 2).args == ("burst 1 2",)

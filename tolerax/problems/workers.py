@@ -389,7 +389,7 @@ def _checked(executor: Any) -> Any:
     context = getattr(executor, "_mp_context", None)
     if context is not None and context.get_start_method() == "fork":
         raise ValueError(
-            f"executor is {executor!r}, which forks this process; forks deadlock with JAX. Give a "
+            f"executor is {executor!r}, which forks this process; forks can deadlock with JAX. Give a "
             "number of processes instead, or `ProcessPoolExecutor(mp_context="
             "multiprocessing.get_context('spawn'))`."
         )
