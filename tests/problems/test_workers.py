@@ -19,6 +19,7 @@ from tests.problems.simulators import Burst, Died, Simulator, bowl, key
 from tolerax import Accuracy, Objective, PointStatus, Query, Status, Workers
 from tolerax.errors import EvaluationError, WorkersLostError
 from tolerax.problems.python_code import Wanted
+from tolerax.problems.task import loads, task
 
 VALUES = Wanted(None, 0, None, 1.0)
 SOLVER, START, STEPS = tolerax.CBO(particles=8), jnp.zeros(2), 5
@@ -253,6 +254,74 @@ class Refusing:
 def test_executors_that_never_work(executor):
     with pytest.raises(WorkersLostError, match=r"does not work|cannot be made"):
         Workers(executor, deadline=0.1, startup=0.1).evaluate(bowl, POINTS, VALUES)
+
+
+def test_executors_that_break_or_refuse_now_and_then(tmp_path):
+    """New ones that break at once are made again; points that they refuse are tried again."""
+
+    class Moody(FakePool):
+        def submit(self, fn, /, *args):
+            if len(made) == 1 and fn is loads:
+                raise BrokenProcessPool("killed while it started")
+            if fn is task and args[1][0] == 7 and len(made) < 4:
+                raise RuntimeError("no")
+            return super().submit(fn, *args)
+
+    made = []
+
+    def make():
+        made.append(Moody())
+        return made[-1]
+
+    workers = Workers(make, retries=0)
+    rows = workers.evaluate(bowl, POINTS, VALUES)
+    # The last point was refused in company and alone.
+    check_values(rows, {7: "lost"})
+    assert workers.counts["made"] == 2
+    workers.close()
+
+
+def test_a_run_that_is_interrupted_leaves_nothing_behind():
+    class Interrupted(FakePool):
+        down = False
+
+        def submit(self, fn, /, *args):
+            if fn is task and args[1][0] == 5:
+                raise KeyboardInterrupt
+            return super().submit(fn, *args)
+
+        def shutdown(self, wait=True):
+            self.down = True
+            super().shutdown(wait=wait)
+
+    pools = []
+
+    def make():
+        pools.append(Interrupted())
+        return pools[-1]
+
+    workers = Workers(make)
+    with pytest.raises(KeyboardInterrupt):
+        workers.evaluate(bowl, POINTS, VALUES)
+    workers.close()
+    assert [pool.down for pool in pools] == [True]
+    # The next evaluation begins anew.
+    assert Workers(FakePool).evaluate(bowl, POINTS[:1], VALUES)[0].value == bowl(POINTS[0])
+
+
+def test_minimize_takes_executors_too():
+    with ThreadPoolExecutor(2) as pool:
+        options = {"executor": pool, "maxiter": STEPS, "particles": SOLVER.particles}
+        seen = set()
+
+        def fun(x):
+            seen.add(threading.current_thread().name)
+            return float(np.sum((x - 1) ** 2))
+
+        found = tolerax.minimize(fun, np.zeros(2), method="cbo", options=options)
+    assert found.nfev == STEPS * SOLVER.particles
+    # JAX is tried in this thread before.
+    assert len(seen - {threading.current_thread().name}) == 2
 
 
 # -- deadlines -------------------------------------------------------------------------------------

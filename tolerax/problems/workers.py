@@ -16,6 +16,9 @@ from tolerax.problems.known import Known
 from tolerax.problems.python_code import Row, Wanted, failed
 from tolerax.problems.task import PointTimeoutError, Raised, here, loads, task
 
+# New executors that may break before they evaluate anything: one may be killed by chance.
+ATTEMPTS = 3
+
 logger = logging.getLogger("tolerax")
 
 
@@ -263,31 +266,37 @@ class Workers:
             # Futures of an executor that was given up must not be heard, hence a queue for each.
             done: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
             under_way: dict[int, Future] = {}
-            while under_way or (todo and self._trusted is not None):
-                while todo and len(under_way) < limit and self._trusted is not None:
-                    i = todo.popleft()
+            try:
+                while under_way or (todo and self._trusted is not None):
+                    while todo and len(under_way) < limit and self._trusted is not None:
+                        i = todo.popleft()
+                        try:
+                            future = executor.submit(
+                                task, fun, points[i], wanted, self.deadline, home
+                            )
+                        except Exception as error:
+                            yield i, self._lost(error, limit == 1)
+                            continue
+                        under_way[i] = future
+                        future.add_done_callback(lambda f, i=i, done=done: done.put((i, f)))
+                    if not under_way:
+                        break
                     try:
-                        future = executor.submit(task, fun, points[i], wanted, self.deadline, home)
-                    except Exception as error:
-                        yield i, self._lost(error, limit == 1)
-                        continue
-                    under_way[i] = future
-                    future.add_done_callback(lambda f, i=i, done=done: done.put((i, f)))
-                try:
-                    i, future = done.get(timeout=patience)
-                except queue.Empty:
-                    why = f"no worker gave an answer within {patience} s"
-                    silent = Lost(why, int(limit == 1), silent=True)
-                    logger.warning("%s: all of them count as lost.", why)
-                    for future in under_way.values():
-                        future.cancel()
-                    self._trusted, self._tainted = None, True
-                    self._discard()
-                    for i in under_way:
-                        yield i, silent
-                    break
-                del under_way[i]
-                yield i, self._read(future, limit == 1)
+                        i, future = done.get(timeout=patience)
+                    except queue.Empty:
+                        why = f"no worker gave an answer within {patience} s"
+                        silent = Lost(why, int(limit == 1), silent=True)
+                        logger.warning("%s: all of them count as lost.", why)
+                        self._trusted, self._tainted = None, True
+                        self._discard()
+                        for i in under_way:
+                            yield i, silent
+                        break
+                    del under_way[i]
+                    yield i, self._read(future, limit == 1)
+            finally:  # where nobody waits for them any more
+                for future in under_way.values():
+                    future.cancel()
 
     def _read(self, future: Future, alone: bool) -> Answer:
         try:
@@ -319,15 +328,18 @@ class Workers:
                 why = f"the executor broke ({type(error).__name__}: {error})"
                 raise _gone(f"{why}, and one that was given cannot be replaced") from error
             self._discard()
-        try:
-            self._executor = self._given if self._make is None else _checked(self._make())
-        except Exception as error:
-            raise _gone(f"the executor cannot be made: {error}") from error
-        if self._make is not None:
-            self.counts["made"] += 1
-        error = self._tried(fun)
-        if error is None:
-            return self._executor
+        if self._make is None:
+            self._executor, attempts = self._given, 1
+        else:
+            attempts = ATTEMPTS
+        error = None
+        for _ in range(attempts):
+            if self._make is not None:
+                self._discard()
+                self._executor = self._made()
+            error = self._tried(fun)
+            if error is None:
+                return self._executor
         if isinstance(error, BrokenExecutor):
             why = (
                 "the workers end before they evaluate anything. The objective must be importable "
@@ -335,6 +347,15 @@ class Workers:
             )
             raise _gone(f"{why} ({error})") from error
         raise _gone(f"the executor does not work ({type(error).__name__}: {error})") from error
+
+    def _made(self) -> Any:
+        assert self._make is not None
+        try:
+            executor = _checked(self._make())
+        except Exception as error:
+            raise _gone(f"the executor cannot be made: {error}") from error
+        self.counts["made"] += 1
+        return executor
 
     def _tried(self, fun: Callable) -> Exception | None:
         """Why `fun` does not arrive at a worker and back, or `None`."""
@@ -389,8 +410,8 @@ def _checked(executor: Any) -> Any:
     context = getattr(executor, "_mp_context", None)
     if context is not None and context.get_start_method() == "fork":
         raise ValueError(
-            f"executor is {executor!r}, which forks this process; forks can deadlock with JAX. Give a "
-            "number of processes instead, or `ProcessPoolExecutor(mp_context="
+            f"executor is {executor!r}, which forks this process; forks can deadlock with JAX. "
+            "Give a number of processes instead, or `ProcessPoolExecutor(mp_context="
             "multiprocessing.get_context('spawn'))`."
         )
     return executor
