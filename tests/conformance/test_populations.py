@@ -23,6 +23,7 @@ from tolerax.checkpoint import Checkpoint, CheckpointError
 from tolerax.solvers import (
     ConsensusFreezing,
     ConsensusHopping,
+    ConsensusSampling,
     EffectiveSampleSize,
     Isotropic,
     SoftConsensus,
@@ -64,6 +65,9 @@ POPULATIONS = (
     Population("cbo-memory-batch", CBO, None, {"particles": 60, "batch": 40, "memory": 0.4}),
     Population("hopping", ConsensusHopping, "consensus-hopping", {"particles": 40}),
     Population("freezing", ConsensusFreezing, "consensus-freezing", {"particles": 40}),
+    Population(
+        "sampling", ConsensusSampling, None, {"particles": 60, "mode": "optimize", "share": 0.7}
+    ),
 )
 every = pytest.mark.parametrize("entry", POPULATIONS, ids=str)
 # For what depends on the code of a solver and not on its fields. Freezing is CBO with a noise.

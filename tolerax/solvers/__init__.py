@@ -18,3 +18,4 @@ from tolerax.solvers.hopping import ConsensusHopping as ConsensusHopping
 from tolerax.solvers.kalman import EnsembleKalmanInversion as EnsembleKalmanInversion
 from tolerax.solvers.line_search import InexactLineSearch as InexactLineSearch
 from tolerax.solvers.maid import MAID as MAID
+from tolerax.solvers.sampling import ConsensusSampling as ConsensusSampling

@@ -150,3 +150,42 @@ def check_spread(spread: PyTree) -> None:
 def any_finite(energy: Float[Array, " n"]) -> Bool[Array, ""]:
     """Whether at least one energy is a number (or minus infinity)."""
     return jnp.any(energy < jnp.inf)
+
+
+def tempered(
+    energy: Float[Array, " n"], share: Any, halvings: int = 40
+) -> tuple[Float[Array, ""], Float[Array, " n"]]:
+    """The inverse temperature beta for which weights `exp(-beta E)` have the effective sample size
+    `(sum w)^2 / sum w^2` of a `share` of the finite energies, and the weights, which sum to 1."""
+    least = jnp.min(energy)
+    finite = energy < jnp.inf
+    above = jnp.where(finite, energy - jnp.where(jnp.isfinite(least), least, 0), jnp.inf)
+    unit = jnp.nanquantile(jnp.where(finite, above, jnp.nan), 0.5, method="lower")
+    unit = jnp.where(unit > 0, unit, 1)
+
+    def weights(beta: Array) -> Array:
+        return jnp.where(above > 0, jnp.exp(-beta * above), 1) * finite
+
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        middle = 0.5 * (ends[0] + ends[1])
+        w = weights(jnp.exp(middle) / unit)
+        many = jnp.sum(w) ** 2 / jnp.sum(w * w) > share * jnp.sum(finite)
+        return jnp.where(many, middle, ends[0]), jnp.where(many, ends[1], middle)
+
+    ends = (jnp.full((), -12.0, energy.dtype), jnp.full((), 24.0, energy.dtype))
+    low, high = jax.lax.fori_loop(0, halvings, halve, ends)
+    beta = jnp.exp(0.5 * (low + high)) / unit
+    return beta, normalized(weights(beta))
+
+
+def boltzmann(energy: Float[Array, " n"], beta: Any) -> Float[Array, " n"]:
+    """Weights `exp(-beta E)`, which sum to 1."""
+    least = jnp.min(energy)
+    above = energy - jnp.where(jnp.isfinite(least), least, 0)
+    return normalized(jnp.where(above > 0, jnp.exp(-beta * above), 1) * (energy < jnp.inf))
+
+
+def normalized(w: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Weights divided by their sum; all 0 where there are none."""
+    total = jnp.sum(w)
+    return w / jnp.where(total > 0, total, 1)
