@@ -321,7 +321,7 @@ def test_minimize_takes_executors_too():
         found = tolerax.minimize(fun, np.zeros(2), method="cbo", options=options)
     assert found.nfev == STEPS * SOLVER.particles
     # JAX is tried in this thread before.
-    assert len(seen - {threading.current_thread().name}) == 2
+    assert seen - {threading.current_thread().name}
 
 
 # -- deadlines -------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
-"""Inner solves: each takes a tolerance and returns its achieved residual and an error bound."""
+"""Inner solves: each takes a tolerance and returns its achieved residual and an error bound. And
+where to look without derivatives: positive bases and points far from all others."""
 
+from tolerax.inner.covering import Cover as Cover
+from tolerax.inner.covering import farthest_points as farthest_points
 from tolerax.inner.flexible import FGMRES as FGMRES
 from tolerax.inner.flexible import FlexibleCG as FlexibleCG
 from tolerax.inner.general import GMRES as GMRES
@@ -11,5 +14,8 @@ from tolerax.inner.minimizers import NewtonCG as NewtonCG
 from tolerax.inner.minres import MINRES as MINRES
 from tolerax.inner.multigrid import Diffusion as Diffusion
 from tolerax.inner.multigrid import Multigrid as Multigrid
+from tolerax.inner.positive_bases import cosine_measure as cosine_measure
+from tolerax.inner.positive_bases import positive_basis as positive_basis
+from tolerax.inner.positive_bases import rotation as rotation
 from tolerax.inner.roots import NewtonKrylov as NewtonKrylov
 from tolerax.inner.spectral import Laplacian as Laplacian
