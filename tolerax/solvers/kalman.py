@@ -175,12 +175,10 @@ class EnsembleKalmanInversion(Solver):
         )
         X, R = deviations(x, m), deviations(r, residual)
         h = self._length(state, energy, r.shape[1])
-        # In the space of the particles, of dimension N, however many residuals there are.
-        eigenvalues, V = jnp.linalg.eigh(R @ R.T)
-        eigenvalues = jnp.maximum(eigenvalues, 0)
-        shift = V @ ((V.T @ (R @ residual)) * h / (1 + h * eigenvalues))
-        m = m - X.T @ shift
-        X = (V / jnp.sqrt(1 + h * eigenvalues)[None]) @ (V.T @ X)
+        # R = V diag(s) W': only the span of the columns of V changes.
+        V, s, W = jnp.linalg.svd(R, full_matrices=False)
+        m = m - X.T @ (V @ ((W @ residual) * h * s / (1 + h * s * s)))
+        X = X + V @ (((1 + h * s * s) ** -0.5 - 1)[:, None] * (V.T @ X))
         key = jax.random.fold_in(state.key, state.step)
         drawn = normal(key, jnp.zeros((x.shape[0], x.shape[0]), x.dtype)) @ X
         new = jnp.where(ok, m[None] + jnp.sqrt(count - 1) * X, m[None] + drawn)
