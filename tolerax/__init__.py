@@ -15,6 +15,7 @@ from tolerax.problems import Bilevel as Bilevel
 from tolerax.problems import Implicit as Implicit
 from tolerax.problems import LeastSquares as LeastSquares
 from tolerax.problems import Objective as Objective
+from tolerax.problems import PDEConstrained as PDEConstrained
 from tolerax.problems import Workers as Workers
 from tolerax.problems import proved as proved
 from tolerax.solution import Solution as Solution

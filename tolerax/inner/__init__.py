@@ -1,12 +1,12 @@
 """Inner solves: each takes a tolerance and returns its achieved residual and an error bound. And
 where to look without derivatives: positive bases and points far from all others."""
 
+from tolerax.inner.bicgstab import BiCGStab as BiCGStab
 from tolerax.inner.covering import Cover as Cover
 from tolerax.inner.covering import farthest_points as farthest_points
-from tolerax.inner.flexible import FGMRES as FGMRES
 from tolerax.inner.flexible import FlexibleCG as FlexibleCG
-from tolerax.inner.general import GMRES as GMRES
-from tolerax.inner.general import BiCGStab as BiCGStab
+from tolerax.inner.gmres import FGMRES as FGMRES
+from tolerax.inner.gmres import GMRES as GMRES
 from tolerax.inner.krylov import CG as CG
 from tolerax.inner.minimizers import LBFGS as LBFGS
 from tolerax.inner.minimizers import AcceleratedGradient as AcceleratedGradient

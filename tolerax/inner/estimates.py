@@ -11,43 +11,56 @@ Vector = Float[Array, " n"]
 
 
 def smallest_eigenvalue(
-    operator: Callable[[Vector], Vector], start: Vector, steps: int
+    operator: Callable[[Vector], Vector],
+    start: Vector,
+    steps: int,
+    inverse: Callable[[Vector], Vector] | None = None,
 ) -> tuple[Float[Array, ""], Vector]:
     """Smallest Ritz value of a symmetric operator after `steps` Lanczos steps, and its vector.
 
     It lies above the smallest eigenvalue; starting from the vector of an earlier call makes it
-    tight. Full reorthogonalization; `steps` products.
+    tight. Full reorthogonalization; `steps` products. With `inverse` R^-1 it is that of
+    `A v = lambda R v`, and start and vector are residuals, R v.
 
     >>> import jax.numpy as jnp
     >>> value, _ = smallest_eigenvalue(lambda v: jnp.array([1.0, 2.0, 5.0]) * v, jnp.ones(3), 3)
     >>> round(float(value), 6)
     1.0
     """
-    n = start.size
-    steps = min(steps, n)
+    steps = min(steps, start.size)
     tiny = jnp.finfo(start.dtype).tiny
-    first = start / jnp.maximum(jnp.linalg.norm(start), tiny)
+
+    def unit(g: Vector) -> tuple[Array, Vector, Vector]:
+        """The norm of R^-1 g, it and g over the norm."""
+        v = g if inverse is None else inverse(g)
+        norm = jnp.sqrt(jnp.maximum(jnp.dot(v, g), 0))
+        return norm, v / jnp.maximum(norm, tiny), g / jnp.maximum(norm, tiny)
 
     def step(carry: tuple, k: Array) -> tuple:
-        basis, v = carry
-        basis = basis.at[k].set(v)
+        vectors, duals, v, g = carry
+        vectors = vectors.at[k].set(v)
+        duals = None if duals is None else duals.at[k].set(g)
+        dual_rows = vectors if duals is None else duals
         w = operator(v)
         alpha = jnp.dot(v, w)
-        w = w - basis.T @ (basis @ w)
-        w = w - basis.T @ (basis @ w)
-        beta = jnp.linalg.norm(w)
-        return (basis, w / jnp.maximum(beta, tiny)), (alpha, beta)
+        w = w - dual_rows.T @ (vectors @ w)
+        w = w - dual_rows.T @ (vectors @ w)
+        beta, v, g = unit(w)
+        return (vectors, duals, v, g), (alpha, beta)
 
-    basis = jnp.zeros((steps, n), start.dtype)
-    (basis, _), (alpha, beta) = jax.lax.scan(step, (basis, first), jnp.arange(steps))
+    rows = jnp.zeros((steps, start.size), start.dtype)
+    _, v, g = unit(start)
+    begin = (rows, None if inverse is None else rows, v, g)
+    (vectors, duals, *_), (alpha, beta) = jax.lax.scan(step, begin, jnp.arange(steps))
     # After an invariant subspace the rest of the matrix is meaningless: cut it off.
     scale = jnp.max(jnp.abs(alpha))
     alive = jnp.cumprod(jnp.concatenate([jnp.ones(1), beta[:-1] > 1e-12 * scale])) > 0
     alpha = jnp.where(alive, alpha, 2 * scale)
     off = jnp.where(alive[1:], beta[:-1], 0)
     matrix = jnp.diag(alpha) + jnp.diag(off, 1) + jnp.diag(off, -1)
-    values, vectors = jnp.linalg.eigh(matrix)
-    return values[0], basis.T @ jnp.where(alive, vectors[:, 0], 0)
+    values, coefficients = jnp.linalg.eigh(matrix)
+    basis = vectors if duals is None else duals
+    return values[0], basis.T @ jnp.where(alive, coefficients[:, 0], 0)
 
 
 def largest_singular_value(
@@ -55,10 +68,12 @@ def largest_singular_value(
     backward: Callable[[Array], Vector],
     start: Vector,
     steps: int = 2,
+    dual: Callable[[Array], Array] = lambda u: u,
 ) -> tuple[Float[Array, ""], Vector]:
     """Largest singular value by power iteration, from below, and its right vector.
 
-    `2 * steps` applications; starting from the vector of an earlier call makes it tight.
+    `2 * steps` applications; starting from the vector of an earlier call makes it tight. Images u
+    are measured in the norm `sqrt(u' dual(u))`.
     """
     tiny = jnp.finfo(start.dtype).tiny
 
@@ -66,7 +81,8 @@ def largest_singular_value(
         v, _ = carry
         v = v / jnp.maximum(jnp.linalg.norm(v), tiny)
         u = forward(v)
-        return backward(u), jnp.linalg.norm(u)
+        w = dual(u)
+        return backward(w), jnp.sqrt(jnp.maximum(jnp.vdot(u, w), 0))
 
     v, value = jax.lax.fori_loop(0, steps, body, (start, jnp.zeros((), start.dtype)))
     return value, v

@@ -20,7 +20,7 @@ Operator = Callable[[Vector], Vector]
 class LinearResult(eqx.Module):
     """The answer of a linear solve of `A x = b`.
 
-    - `residual`: `b - A x`, recomputed from `x` when `exact_residual` was asked for.
+    - `residual`: `b - A x`, recomputed from `x`.
     - `error`: upper bound on the error `|x - x*|_A` in the energy norm (for symmetric positive
       definite A), or on the Euclidean error (otherwise). Infinite when A is seen to be indefinite.
     - `first_error`: the same bound for the guess that the solve started from.
@@ -44,6 +44,35 @@ class LinearResult(eqx.Module):
     iterations: Int[Array, ""]
     products: Int[Array, ""]
     converged: Bool[Array, ""]
+
+    @classmethod
+    def by_residual(
+        cls,
+        x: Vector,
+        residual: Vector,
+        norm: Array,
+        first: Array,
+        wanted: Array,
+        c: Array,
+        iterations: Array,
+        products: Array,
+    ) -> "LinearResult":
+        """Of a method that knows no more than the `norm` of the residual, that of the guess
+        (`first`), how small it was `wanted`, and that errors are at most `1 / c` times as large."""
+        norm = jnp.where(jnp.isfinite(norm), norm, jnp.inf)
+        zero = jnp.zeros((), x.dtype)
+        return cls(
+            x=x,
+            residual=residual,
+            error=norm / c,
+            first_error=first / c,
+            curvature=jnp.full((), jnp.inf, x.dtype),
+            largest=zero,
+            rounding=zero,
+            iterations=iterations,
+            products=products,
+            converged=norm <= 1.01 * wanted,
+        )
 
 
 class CG(eqx.Module):
@@ -79,12 +108,13 @@ class CG(eqx.Module):
         relative: ArrayLike = 0.0,
         guess: Vector | None = None,
         preconditioner: Vector | None = None,
-        exact_residual: bool = False,
+        exact_residual: bool = True,
     ) -> LinearResult:
         """Solve until the error is at most `tolerance`, or `relative` times that of the guess.
 
         - `lower_bound`: diagonal D with D <= A.
         - `preconditioner`: diagonal P that resembles A (default D).
+        - `exact_residual`: `False` saves a product and returns that of the recurrence.
         """
         dtype = b.dtype
         d = lower_bound

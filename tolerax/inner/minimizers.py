@@ -184,6 +184,7 @@ class NewtonCG(Minimizer):
                 tolerance=0.5 * wanted,
                 relative=jnp.minimum(self.forcing, excess(a)),
                 preconditioner=lower.diagonal(y),
+                exact_residual=False,
             )
             d, hd = solve.x, -r - solve.residual
             dhd = jnp.maximum(jnp.dot(d, hd), 0)

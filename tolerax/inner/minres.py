@@ -114,16 +114,5 @@ class MINRES(eqx.Module):
         # Rounding makes the recurrence drift off: what counts is the residual itself.
         residual = b - operator(x)
         norm = jnp.sqrt(jnp.maximum(jnp.dot(inverse(residual), residual), 0))
-        norm = jnp.where(jnp.isfinite(norm), norm, jnp.inf)
-        return LinearResult(
-            x=x,
-            residual=residual,
-            error=norm / c,
-            first_error=first / c,
-            curvature=jnp.full((), jnp.inf, dtype),
-            largest=zero,
-            rounding=zero,
-            iterations=steps,
-            products=steps + 1 + (guess is not None),
-            converged=norm <= 1.01 * wanted,
-        )
+        more = steps + 1 + (guess is not None)
+        return LinearResult.by_residual(x, residual, norm, first, wanted, c, steps, more)

@@ -1,4 +1,4 @@
-"""Root finders that stop on a distance: `F(y) = 0` with `|F_y^-1| <= 1/c`."""
+"""Root finders that stop on a distance: `F(y) = 0` with `|F_y e| >= c |e|`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from tolerax.inner.general import GMRES
+from tolerax.inner.gmres import GMRES
 from tolerax.status import PointStatus
 
 Vector = Float[Array, " n"]
@@ -18,7 +18,7 @@ Scalar = Float[Array, ""]
 def root_distance(r_norm: Scalar, c: Scalar, curvature: Scalar) -> Scalar:
     """Bound on the distance to the root next to y, by Newton-Kantorovich.
 
-    - `r_norm` = |F(y)|, `c` <= sigma_min(F_y(y)), `curvature`: Lipschitz constant L of F_y.
+    - `r_norm` = |F(y)|, `c`: |F_y(y) e| >= c |e|, `curvature`: Lipschitz constant L of F_y.
 
     With `b = r_norm / c` and `h = L b / c <= 1/2` there is a root within
     `2 b / (1 + sqrt(1 - 2h))`; otherwise nothing is known (infinity). L = 0 gives `r_norm / c`.
@@ -28,6 +28,13 @@ def root_distance(r_norm: Scalar, c: Scalar, curvature: Scalar) -> Scalar:
     inside = h <= 0.5
     t = 2 * b / (1 + jnp.sqrt(jnp.where(inside, 1 - 2 * h, 0)))
     return jnp.where(inside, t, jnp.inf)
+
+
+def dual_size(r: Vector, inverse: Callable[[Vector], Vector] | None) -> Scalar:
+    """`sqrt(r' P^-1 r)`, or the Euclidean norm."""
+    if inverse is None:
+        return jnp.linalg.norm(r)
+    return jnp.sqrt(jnp.maximum(jnp.dot(r, inverse(r)), 0))
 
 
 class RootResult(eqx.Module):
@@ -45,7 +52,16 @@ class NewtonKrylov(eqx.Module):
     """Newton's method with a Krylov solve, backtracking on |F|, forcing terms by Eisenstat and
     Walker (*SIAM J. Sci. Comput.* 17, 1996, choice 2).
 
-    - `linear`: [`GMRES`][], [`BiCGStab`][] or [`CG`][]. `max_steps`: the most Newton steps.
+    With a preconditioner P states are measured by `|e|_P` and residuals by `|r|_{P^-1}`, otherwise
+    both by Euclidean norms.
+
+    - `linear`: [`GMRES`][], or [`MINRES`][] where F_y is symmetric; [`FGMRES`][] and [`BiCGStab`][]
+      measure Euclidean residuals only. `max_steps`: the most Newton steps.
+
+    >>> import jax.numpy as jnp
+    >>> solve = NewtonKrylov()(lambda y: y + y**3 - 2, jnp.zeros(3), 1e-8, stability=1.0)
+    >>> solve.y
+    Array([1., 1., 1.], dtype=float64)
     """
 
     linear: Any = eqx.field(default_factory=GMRES)
@@ -57,14 +73,26 @@ class NewtonKrylov(eqx.Module):
         y: Vector,
         tolerance: ArrayLike,
         *,
-        stability: Scalar,
-        curvature: Scalar,
+        stability: ArrayLike,
+        curvature: ArrayLike = 0.0,
+        preconditioner: Callable[[Vector], Vector] | None = None,
+        everywhere: bool = False,
     ) -> RootResult:
-        """Solve from the guess y until the distance to the root is at most `tolerance`."""
+        """Solve from the guess y until the distance to the root is at most `tolerance`.
+
+        - `stability`: c with `|F_y e| >= c |e|`. `curvature`: Lipschitz constant of F_y.
+        - `preconditioner`: callable `r -> P^-1 r`, linear, symmetric and positive definite.
+        - `everywhere`: `|F(y) - F(z)| >= c |y - z|` for all y, z: no curvature is needed.
+        """
         tolerance = jnp.asarray(tolerance, y.dtype)
+        stability, curvature = jnp.asarray(stability), jnp.asarray(curvature)
         count = jnp.result_type(int)
-        bound = lambda r: root_distance(jnp.linalg.norm(r), stability, curvature)  # noqa: E731
-        ones = jnp.ones_like(y)
+
+        def size(r: Vector) -> Scalar:
+            return dual_size(r, preconditioner)
+
+        def bound(r: Vector) -> Scalar:
+            return root_distance(size(r), stability, jnp.where(everywhere, 0, curvature))
 
         def unfinished(state: tuple) -> Bool[Array, ""]:
             _, r, _, step, _, _, stuck = state
@@ -74,14 +102,14 @@ class NewtonKrylov(eqx.Module):
         def newton(state: tuple) -> tuple:
             y, r, forcing, step, evaluations, products, stuck = state
             _, operator = jax.linearize(residual, y)
-            norm = jnp.linalg.norm(r)
+            norm = size(r)
             # Errors in units of the residual; half of what is asked, so that this can be the last.
             solve = self.linear(
                 operator,
                 -r,
-                lower_bound=ones,
                 tolerance=jnp.minimum(0.25 * stability * tolerance, 0.5 * norm),
                 relative=forcing,
+                preconditioner=preconditioner,
             )
 
             def shorter(trial: tuple) -> tuple:
@@ -91,13 +119,13 @@ class NewtonKrylov(eqx.Module):
 
             def too_long(trial: tuple) -> Bool[Array, ""]:
                 s, r_new, tries = trial
-                norm_new = jnp.linalg.norm(r_new)
+                norm_new = size(r_new)
                 falls = norm_new <= (1 - 1e-4 * s * (1 - forcing)) * norm
                 return (tries == 0) | (~falls & (tries < 25))
 
             start = (jnp.ones((), y.dtype), r, jnp.array(0, count))
             s, r_new, tries = jax.lax.while_loop(too_long, shorter, start)
-            ratio = jnp.linalg.norm(r_new) / norm
+            ratio = size(r_new) / norm
             next_forcing = 0.9 * ratio**2
             safeguard = 0.9 * forcing**2
             next_forcing = jnp.where(

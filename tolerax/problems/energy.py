@@ -168,7 +168,6 @@ class Minimization(eqx.Module):
             tolerance=tolerance,
             guess=guess,
             preconditioner=lower.diagonal(y),
-            exact_residual=True,
         )
 
     def _adjoint(
@@ -236,7 +235,7 @@ class Minimization(eqx.Module):
         """Solve `F_y' q = b` at y from a guess until the error is at most the tolerance."""
 
     @abc.abstractmethod
-    def least_value(self, known: Known, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
+    def least_value(self, at: Fixed, known: Known, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
         """About the least value that J can have at the exact state, to first order, without an
         adjoint: it decides whether an adjoint is worth solving, never what is claimed."""
 
@@ -293,7 +292,8 @@ class Energy(Minimization):
     ) -> Solved:
         return self._adjoint(at, known, y, b, guess, tolerance)[1]
 
-    def least_value(self, known: Known, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
+    def least_value(self, at: Fixed, known: Known, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
+        del at
         return j - dual_norm(g_y, known.lower_bound) * state.error
 
     def errors(
@@ -410,8 +410,8 @@ class Euclidean(Minimization):
         solve, solved = residual_only._adjoint(at, flat, y, b, guess, tolerance / jnp.sqrt(mu))
         return eqx.tree_at(lambda s: s.error, solved, jnp.linalg.norm(solve.residual))
 
-    def least_value(self, known: Known, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
-        del known
+    def least_value(self, at: Fixed, known: Known, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
+        del at, known
         return j - jnp.linalg.norm(g_y) * state.error
 
     def errors(

@@ -186,7 +186,7 @@ class Implicit(Problem):
         y, r = state.vector, state.residual
         j, g_y = jax.value_and_grad(at.cost)(y)
         # A hopeless point needs no adjoint: the guess is good enough to say so.
-        hopeless = self.norm.least_value(known, state, j, g_y) > cutoff
+        hopeless = self.norm.least_value(at, known, state, j, g_y) > cutoff
         hopeless = hopeless | (state.work.units >= effort)
         adjoint_tolerance = jnp.where(hopeless, jnp.inf, accuracy.adjoint)
         adjoint = self.norm.solve_adjoint(at, known, y, g_y, carry.q, adjoint_tolerance)

@@ -5,6 +5,7 @@ gradient. `Energy` measures in the norm of the lower-level Hessian, `Euclidean` 
 as the published bounds do.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -103,21 +104,25 @@ def _times(a: Scalar, b: Scalar) -> Scalar:
 def estimate_cross(at: Any, lower_bound: Vector, y: Vector, q: Vector) -> tuple[CrossBounds, int]:
     """Estimates of the cross bounds by power iteration with D in place of H (D <= H makes the
     norms larger), raised by a safety factor; and how many products they took."""
-    root = jnp.sqrt(lower_bound)
+    q_norm = jnp.linalg.norm(jnp.sqrt(lower_bound) * q)
+    return estimate_cross_in(at, lambda u: u / lower_bound, y, q, q_norm)
+
+
+def estimate_cross_in(
+    at: Any, inverse: Callable[[Vector], Vector], y: Vector, q: Vector, q_norm: Scalar
+) -> tuple[CrossBounds, int]:
+    """The same in the norm of R, given `inverse` R^-1 and the norm of q."""
     start = jnp.cos(1.0 + jnp.arange(at.flat_x.size, dtype=y.dtype))
     gradient_x = lambda y, q: jax.grad(at.lagrangian, argnums=2)(y, q, at.flat_x)  # noqa: E731
 
     def norm_of(function: Any, point: Vector) -> Scalar:
         forward = jax.linearize(function, point)[1]
         backward = jax.linear_transpose(forward, point)
-        value, _ = largest_singular_value(
-            lambda u: backward(u)[0] / root, lambda w: forward(w / root), start
-        )
+        value, _ = largest_singular_value(lambda u: backward(u)[0], forward, start, dual=inverse)
         return SAFETY * value
 
     adjoint = norm_of(lambda q: gradient_x(y, q), q)
     state = norm_of(lambda y: gradient_x(y, q), y)
-    q_energy = jnp.linalg.norm(root * q)
-    both = state / jnp.maximum(q_energy, jnp.finfo(y.dtype).tiny)
-    both = jnp.where(q_energy > 0, both, adjoint)
+    both = state / jnp.maximum(q_norm, jnp.finfo(y.dtype).tiny)
+    both = jnp.where(q_norm > 0, both, adjoint)
     return CrossBounds(adjoint, state, both, third=both), 8

@@ -1,27 +1,30 @@
 """State and adjoint solves for general equations F(y, x) = 0, with errors by stability."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float
 
 from tolerax.contracts import Provenance, Work
-from tolerax.inner.estimates import largest_singular_value
-from tolerax.inner.general import GMRES
+from tolerax.inner.estimates import largest_singular_value, smallest_eigenvalue
+from tolerax.inner.gmres import GMRES
 from tolerax.inner.krylov import LinearResult
-from tolerax.inner.roots import NewtonKrylov
+from tolerax.inner.roots import NewtonKrylov, dual_size
 from tolerax.problems.constants import constant, origin
 from tolerax.problems.implicit import Carry, Fixed, Solved
-from tolerax.problems.norms import SAFETY, CrossBounds, Errors, estimate_cross
+from tolerax.problems.norms import SAFETY, CrossBounds, Errors, estimate_cross_in
 from tolerax.status import PointStatus
 
 Vector = Float[Array, " n"]
 Scalar = Float[Array, ""]
-
+Inverse = Callable[[Vector], Vector]
 
 INVERSE_STEPS = 3
+LANCZOS_STEPS = 12
 
 
 class KnownStability(eqx.Module):
@@ -35,18 +38,30 @@ class KnownStability(eqx.Module):
 
 
 class Stability(eqx.Module):
-    """Errors in the Euclidean norm of a state that solves a general equation.
+    """Errors of a state that solves a general equation, by the stability of that equation.
 
-    `Accuracy.state` bounds `|y - y*|`, `Accuracy.adjoint` bounds `|q - F_y^-T J_y|`, both by
-    residuals over the stability constant c (Newton-Kantorovich for the state).
+    States and adjoints are measured by `|e|_R = sqrt(e'R e)`, residuals by `|r|_{R^-1}`, where R is
+    the Riesz map of the state space: for an elliptic equation the Laplacian. `Accuracy.state`
+    bounds `|y - y*|_R`, `Accuracy.adjoint` bounds `|q - F_y^-T J_y|_R`, both by residuals over the
+    stability constant c (Newton-Kantorovich for the state).
 
-    - `stability`: c with `|F_y^-1| <= 1/c` near the state. Estimated by inverse iteration when
-      `None` (six more linear solves an evaluation, to one digit).
-    - `curvature`: Lipschitz constant of F_y in y; 0 for a linear equation.
-    - `smoothness`: Lipschitz constant of J_y in y.
-    - `cross`: callable (y, q, x) -> [`CrossBounds`][], with Euclidean norms for energy norms.
-    - `state_solver`: [`NewtonKrylov`][]; `adjoint_solver`: [`GMRES`][], [`BiCGStab`][], or [`CG`][]
-      where F_y is symmetric and at least c. Any callable with their signature will do.
+    - `riesz`: callable x -> (r -> R^-1 r), on pytrees like y; it is the preconditioner of all
+      solves too. `None`: R is the identity, all norms are Euclidean.
+    - `stability`: c with `|F_y e|_{R^-1} >= c |e|_R` near the state. Estimated when `None`: by
+      Lanczos steps with a Riesz map, else by inverse iteration (six more linear solves an
+      evaluation, to one digit).
+    - `curvature`: L_F with `|(F_y(y + e) - F_y(y)) w|_{R^-1} <= L_F |e|_R |w|_R`; 0 for a linear
+      equation.
+    - `smoothness`: L_J with `|J_y(y + e) - J_y(y)|_{R^-1} <= L_J |e|_R`.
+    - `cross`: callable (y, q, x) -> [`CrossBounds`][], with R-norms for energy norms.
+    - `monotone`: the stability holds between any two states, `|F(y) - F(z)|_{R^-1} >= c |y - z|_R`;
+      the distance to the state is then known however far it is.
+    - `state_solver`: [`NewtonKrylov`][]; `adjoint_solver`: [`GMRES`][], [`MINRES`][] where F_y is
+      symmetric, or another method with their signature.
+
+    Products with F_y and its transpose count as `linear_iterations`; with a Riesz map every
+    application of R^-1 counts as one of `pde_solves`, otherwise residuals count as
+    `lower_gradients` and products as `hessian_products`.
 
     The value is corrected by the adjoint, as everywhere: with e = y - y* and s = J_y - F_y'q its
     error is at most `|s||e| + (L_J + L_F |q|) |e|^2 / 2`, that of the gradient
@@ -57,6 +72,8 @@ class Stability(eqx.Module):
     curvature: Any = None
     smoothness: Any = None
     cross: Any = None
+    monotone: bool = eqx.field(static=True, default=False)
+    riesz: Callable[[Any], Callable[[Any], Any]] | None = None
     state_solver: Any = eqx.field(default_factory=NewtonKrylov)
     adjoint_solver: Any = eqx.field(default_factory=GMRES)
 
@@ -70,53 +87,89 @@ class Stability(eqx.Module):
         """The part of the carry that holds estimates: empty when every constant is known."""
         return {"softest": _wave(y)} if self.stability is None else {}
 
+    def inverse(self, at: Fixed) -> Inverse | None:
+        """R^-1 at x on flat vectors."""
+        if self.riesz is None:
+            return None
+        apply = self.riesz(at.x)
+        return lambda r: ravel_pytree(apply(at.unravel(r)))[0]
+
+    def work(self, products: ArrayLike, residuals: ArrayLike = 0, solves: ArrayLike = 0) -> Work:
+        """What products with F_y, residuals, and applications of R^-1 without a product cost."""
+        if self.riesz is None:
+            return Work(
+                lower_gradients=residuals, hessian_products=products, linear_iterations=products
+            )
+        # A step of a Krylov method applies R^-1 once.
+        return Work(pde_solves=products + solves, linear_iterations=products)
+
     def constants(self, at: Fixed, carry: Carry) -> KnownStability:
         """The constants at x, measured at the guess where they are neither given nor proved."""
-        y, estimates, products = carry.y, dict(carry.estimates), 0
-        dtype, tiny = y.dtype, jnp.finfo(y.dtype).tiny
+        y, estimates = carry.y, dict(carry.estimates)
+        inverse = self.inverse(at)
         work = Work()
         if self.stability is None:
-            operator = jax.linearize(at.residual, y)[1]
-            transpose = lambda w: jax.vjp(at.residual, y)[1](w)[0]  # noqa: E731
-            loose = {"lower_bound": jnp.ones_like(y), "tolerance": 0.0, "relative": 0.1}
-
-            def inverse_step(_: Any, state: tuple) -> tuple:
-                v, _, products = state
-                v = v / jnp.maximum(jnp.linalg.norm(v), tiny)
-                first = self.adjoint_solver(transpose, v, **loose)
-                second = self.adjoint_solver(operator, first.x, **loose)
-                # |A^-1 A^-T v| is at most 1 / sigma_min^2.
-                size = jnp.linalg.norm(second.x)
-                return second.x, size, products + first.products + second.products
-
-            zero = jnp.zeros((), dtype)
-            start = (estimates["softest"], zero, jnp.array(0, jnp.result_type(int)))
-            v, size, inverse_products = jax.lax.fori_loop(0, INVERSE_STEPS, inverse_step, start)
-            c = 1 / jnp.sqrt(jnp.maximum(size, tiny)) / SAFETY
-            estimates["softest"] = v / jnp.maximum(size, tiny) + 1e-2 * _wave(y)
-            work = work + Work(hessian_products=inverse_products)
+            c, softest, products = self._estimate_stability(at, y, estimates["softest"], inverse)
+            estimates["softest"] = softest
+            work = work + self.work(products)
         else:
-            c = at.constant(self.stability).astype(dtype)
-        curvature = self._lipschitz(self.curvature, at, at.residual, y)
-        smoothness = self._lipschitz(self.smoothness, at, jax.grad(at.cost), y)
-        products += 4 * (self.curvature is None) + 4 * (self.smoothness is None)
-        work = work + Work(hessian_products=products)
-        return KnownStability(c, curvature, smoothness, estimates, work)
+            c = at.constant(self.stability).astype(y.dtype)
+        curvature = self._lipschitz(self.curvature, at, at.residual, y, inverse)
+        smoothness = self._lipschitz(self.smoothness, at, jax.grad(at.cost), y, inverse)
+        products = 4 * (self.curvature is None) + 4 * (self.smoothness is None)
+        return KnownStability(c, curvature, smoothness, estimates, work + self.work(products))
 
-    def _lipschitz(self, value: Any, at: Fixed, function: Any, y: Vector) -> Scalar:
+    def _estimate_stability(
+        self, at: Fixed, y: Vector, start: Vector, inverse: Inverse | None
+    ) -> tuple[Scalar, Vector, ArrayLike]:
+        """The constant c, a vector to begin with next time, and products."""
+        tiny = jnp.finfo(y.dtype).tiny
+        operator = jax.linearize(at.residual, y)[1]
+        pullback = jax.linear_transpose(operator, y)
+        transpose = lambda w: pullback(w)[0]  # noqa: E731
+        if inverse is not None:
+            normal = lambda v: transpose(inverse(operator(v)))  # noqa: E731
+            square, softest = smallest_eigenvalue(normal, start, LANCZOS_STEPS, inverse)
+            c = jnp.sqrt(jnp.maximum(square, tiny)) / SAFETY
+            return c, softest + 1e-2 * _wave(y) * jnp.linalg.norm(softest), 2 * LANCZOS_STEPS
+        loose = {"tolerance": 0.0, "relative": 0.1}
+
+        def inverse_step(_: Any, state: tuple) -> tuple:
+            v, _, products = state
+            v = v / jnp.maximum(jnp.linalg.norm(v), tiny)
+            first = self.adjoint_solver(transpose, v, **loose)
+            second = self.adjoint_solver(operator, first.x, **loose)
+            # |A^-1 A^-T v| is at most 1 / sigma_min^2.
+            size = jnp.linalg.norm(second.x)
+            return second.x, size, products + first.products + second.products
+
+        begin = (start, jnp.zeros((), y.dtype), jnp.array(0, jnp.result_type(int)))
+        v, size, products = jax.lax.fori_loop(0, INVERSE_STEPS, inverse_step, begin)
+        c = 1 / jnp.sqrt(jnp.maximum(size, tiny)) / SAFETY
+        return c, v / jnp.maximum(size, tiny) + 1e-2 * _wave(y), products
+
+    def _lipschitz(
+        self, value: Any, at: Fixed, function: Any, y: Vector, inverse: Inverse | None
+    ) -> Scalar:
         """A given constant; or an estimate: of the size of the second derivative of the residual
         along a fixed direction, or of the first derivative of J_y."""
         if value is not None:
             return jnp.asarray(constant(value, at.x), y.dtype)
+        dual = (lambda r: r) if inverse is None else inverse
+        wave = _wave(y)
         if function == at.residual:
-            wave = _wave(y)
-            u = wave / jnp.linalg.norm(wave)
+            v = dual(wave)
+            u = v / jnp.sqrt(jnp.dot(v, wave))
             along = lambda z: jax.jvp(at.residual, (z,), (u,))[1]  # noqa: E731
         else:
             along = function
         forward = jax.linearize(along, y)[1]
         backward = jax.linear_transpose(forward, y)
-        estimate, _ = largest_singular_value(forward, lambda w: backward(w)[0], _wave(y))
+        # The largest |forward e|_{R^-1} over |e|_R is that of the transpose, and this one starts
+        # from and is measured in the same norms without products with R.
+        estimate, _ = largest_singular_value(
+            lambda w: backward(dual(w))[0], lambda v: forward(v), wave, dual=dual
+        )
         return SAFETY * estimate
 
     def solve_state(
@@ -130,13 +183,15 @@ class Stability(eqx.Module):
         """Solve for the state from the guess y until its error is at most the tolerance."""
         del effort  # Newton's method with GMRES has its own, small limit of steps
         solve = self.state_solver(
-            at.residual, y, tolerance, stability=known.stability, curvature=known.curvature
+            at.residual,
+            y,
+            tolerance,
+            stability=known.stability,
+            curvature=known.curvature,
+            preconditioner=self.inverse(at),
+            everywhere=self.monotone,
         )
-        work = known.work + Work(
-            lower_gradients=solve.evaluations,
-            hessian_products=solve.products,
-            linear_iterations=solve.products,
-        )
+        work = known.work + self.work(solve.products, solve.evaluations, solve.evaluations)
         zero = jnp.zeros((), y.dtype)
         return Solved(
             solve.y, solve.residual, solve.distance, zero, work, solve.status, known.estimates
@@ -147,8 +202,10 @@ class Stability(eqx.Module):
     ) -> LinearResult:
         """Solve with F_y at y."""
         operator = jax.linearize(at.residual, y)[1]
-        bound = jnp.full_like(y, known.stability)
-        return self.adjoint_solver(operator, b, lower_bound=bound, tolerance=tolerance)
+        c, inverse = known.stability, self.inverse(at)
+        return self.adjoint_solver(
+            operator, b, tolerance=tolerance, lower_bound=c, preconditioner=inverse
+        )
 
     def solve_transpose(
         self,
@@ -161,14 +218,13 @@ class Stability(eqx.Module):
     ) -> LinearResult:
         """Solve with the transpose of F_y at y."""
         pullback = jax.vjp(at.residual, y)[1]
-        bound = jnp.full_like(y, known.stability)
         return self.adjoint_solver(
             lambda w: pullback(w)[0],
             b,
-            lower_bound=bound,
             tolerance=tolerance,
+            lower_bound=known.stability,
             guess=guess,
-            exact_residual=True,
+            preconditioner=self.inverse(at),
         )
 
     def solve_adjoint(
@@ -183,15 +239,17 @@ class Stability(eqx.Module):
         """Solve `F_y' q = b` at y from a guess until the error is at most the tolerance."""
         solve = self.solve_transpose(at, known, y, b, tolerance, guess)
         status = PointStatus.where(solve.converged, PointStatus.ok, PointStatus.inaccurate)
-        work = Work(hessian_products=solve.products, linear_iterations=solve.iterations)
-        error = jnp.linalg.norm(solve.residual) / known.stability
+        error = dual_size(solve.residual, self.inverse(at)) / known.stability
         zero = jnp.zeros((), y.dtype)
+        work = self.work(solve.products, solves=1)
         return Solved(solve.x, solve.residual, error, zero, work, status, {})
 
-    def least_value(self, known: KnownStability, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
+    def least_value(
+        self, at: Fixed, known: KnownStability, state: Solved, j: Scalar, g_y: Vector
+    ) -> Scalar:
         """About the least value at the exact state, to first order, without an adjoint."""
         del known
-        return j - jnp.linalg.norm(g_y) * state.error
+        return j - dual_size(g_y, self.inverse(at)) * state.error
 
     def errors(
         self,
@@ -203,20 +261,25 @@ class Stability(eqx.Module):
         g_y: Vector,
     ) -> tuple[Scalar, Errors, dict[str, Array], Work]:
         """The value, bounds on the errors, the estimates to carry on and the work they took."""
-        del g_y
+        inverse = self.inverse(at)
         y, q, t = state.vector, adjoint.vector, state.error
-        s = jnp.linalg.norm(adjoint.residual)
+        s = dual_size(adjoint.residual, inverse)
+        # |q|_R is at most |F_y' q|_{R^-1} / c.
+        q_norm = jnp.linalg.norm(q)
+        if inverse is not None:
+            q_norm = dual_size(g_y - adjoint.residual, inverse) / known.stability
         products = 0
         if self.cross is None:
-            cross, products = estimate_cross(at, jnp.ones_like(y), y, q)
+            dual = (lambda r: r) if inverse is None else inverse
+            cross, products = estimate_cross_in(at, dual, y, q, q_norm)
         else:
             cross: CrossBounds = constant(self.cross, at.unravel(y), at.unravel(q), at.x)
-        bend = known.smoothness + known.curvature * jnp.linalg.norm(q)
+        bend = known.smoothness + known.curvature * q_norm
         value = s * t + 0.5 * bend * t * t
         factor = (cross.adjoint + cross.both * t) / known.stability
         errors = Errors(value, cross.state * t + factor * bend * t, factor * s)
         corrected = j - jnp.dot(q, state.residual)
-        return corrected, errors, dict(state.estimates), Work(hessian_products=products)
+        return corrected, errors, dict(state.estimates), self.work(products, solves=3)
 
 
 def _wave(y: Vector) -> Vector:

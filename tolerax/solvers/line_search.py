@@ -236,7 +236,9 @@ class InexactLineSearch(Solver):
             & (told.f_error > 0.9 * state.now.f_error)
         )
         stuck = no_better & (state.refinements > 1)
-        scale = jnp.where(first, state.box.stationarity(told.x, told.z), state.scale)
+        # The first gradient may be all error: closer looks at the start replace it.
+        at_start = first | ((state.iterations == 0) & ~failed)
+        scale = jnp.where(at_start, state.box.stationarity(told.x, told.z), state.scale)
         scale = jnp.where(scale == 0, jnp.finfo(told.x.dtype).tiny, scale)
         f_scale = jnp.where(first, jnp.abs(told.f), state.f_scale)
         keep = failed & ~first

@@ -1,0 +1,84 @@
+"""PDE-constrained problems: minimize a cost of state and control, where the state solves an
+equation."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array, Float, PyTree
+
+from tolerax.inner.gmres import GMRES
+from tolerax.inner.minres import MINRES
+from tolerax.inner.roots import NewtonKrylov
+from tolerax.problems.implicit import Implicit
+from tolerax.problems.stability import Stability
+
+
+class PDEConstrained(Implicit):
+    """Minimize `cost(y, u)` over controls u, where the state y solves `residual(y, u) = 0`.
+
+    The state is solved by Newton's method, state and adjoint to tolerances of their own, and value
+    and gradient come with bounds on their errors: an [`Implicit`][] problem whose norm is
+    [`Stability`][].
+
+    **Arguments:**
+
+    - `residual(y, u)`: F, a pytree like y: a discretized equation with its boundary conditions.
+      `cost(y, u)`: scalar. `y0`: pytree, where the first state solve starts.
+    - `riesz`: callable u -> (r -> R^-1 r), on pytrees like y: a fast solve with the leading part of
+      the equation, for instance `lambda u: laplacian.solve`. It measures errors and preconditions
+      every solve. `None`: Euclidean norms, no preconditioner.
+    - `stability`, `curvature`, `smoothness`, `cross`, `monotone`: constants of the bounds, see
+      [`Stability`][]; estimated where they are `None`.
+    - `symmetric`: whether F_y is symmetric: then [`MINRES`][] takes the place of [`GMRES`][].
+    - `bounds`: pair of pytrees like u, or scalars.
+
+    Cost and residual should be weighted so that tolerances mean something: sums over a grid by the
+    area of a cell.
+
+    >>> import jax.numpy as jnp, tolerax
+    >>> from tolerax.inner import Laplacian
+    >>> laplacian = Laplacian((15, 15))
+    >>> h2 = 1 / 16**2
+    >>> problem = tolerax.PDEConstrained(
+    ...     lambda y, u: laplacian.mv(y) - u,
+    ...     lambda y, u: 0.5 * h2 * (jnp.sum((y - 1.0) ** 2) + 1e-4 * jnp.sum(u**2)),
+    ...     jnp.zeros((15, 15)),
+    ...     riesz=lambda u: laplacian.solve,
+    ...     stability=1.0,
+    ...     curvature=0.0,
+    ...     symmetric=True,
+    ... )
+    >>> evaluation = problem.evaluate(
+    ...     tolerax.Query(jnp.zeros((15, 15)), tolerax.Accuracy(1e-6, 1e-6))
+    ... )
+    >>> round(float(evaluation.value), 4)
+    0.4395
+    """
+
+    def __init__(
+        self,
+        residual: Callable[[PyTree, PyTree], PyTree],
+        cost: Callable[[PyTree, PyTree], Float[Array, ""]],
+        y0: PyTree[Float[Array, "..."]],
+        *,
+        riesz: Callable[[PyTree], Callable[[PyTree], PyTree]] | None = None,
+        stability: Any = None,
+        curvature: Any = None,
+        smoothness: Any = None,
+        cross: Any = None,
+        monotone: bool = False,
+        symmetric: bool = False,
+        bounds: tuple[PyTree, PyTree] | None = None,
+    ):
+        linear = MINRES() if symmetric else GMRES()
+        norm = Stability(
+            stability=stability,
+            curvature=curvature,
+            smoothness=smoothness,
+            cross=cross,
+            monotone=monotone,
+            riesz=riesz,
+            state_solver=NewtonKrylov(linear),
+            adjoint_solver=linear,
+        )
+        super().__init__(cost, y0, residual=residual, norm=norm, bounds=bounds)
