@@ -5,6 +5,7 @@ is 13 at the start and 0 at its minimum); most of them report a success there th
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -200,6 +201,29 @@ def test_an_exception_carries_the_best_point(entry):
     fixed = zoo.python_objective("quadratic")
     rest = tolerax.solve(fixed, entry.solver(), solution.state, max_steps=zoo.STEPS - 3)
     assert rest.success
+
+
+@every_solver
+def test_a_point_that_times_out_is_one_that_failed(entry):
+    release, calls = threading.Event(), []
+
+    def hangs(x):
+        calls.append(1)
+        if len(calls) == 3:
+            release.wait(60)
+        return good(x)
+
+    workers = tolerax.Workers(deadline=0.5)
+    problem = zoo.python_objective("quadratic", fun=hangs)
+    late = zoo.run(problem, entry.solver(), jnp.asarray(START), executor=workers)
+    release.set()
+    assert workers.counts["timed_out"] == int(late.state.failures) == 1
+    problem = zoo.python_objective("quadratic", fun=raises_later(3), on_error="fail")
+    failed = zoo.run(problem, entry.solver(), jnp.asarray(START))
+    assert late.success
+    assert late.status == failed.status
+    assert late.steps == failed.steps
+    np.testing.assert_array_equal(late.x, failed.x)
 
 
 @every_solver
