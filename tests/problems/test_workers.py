@@ -2,8 +2,11 @@
 
 import logging
 import multiprocessing
+import os
+import signal
 import threading
 import time
+import unittest.mock
 from collections import Counter
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +21,8 @@ import tolerax
 from tests.problems.simulators import Burst, Died, Simulator, bowl, key
 from tolerax import Accuracy, Objective, PointStatus, Query, Status, Workers
 from tolerax.errors import EvaluationError, WorkersLostError
+from tolerax.problems import processes
+from tolerax.problems.processes import Processes
 from tolerax.problems.python_code import Wanted
 from tolerax.problems.task import loads, task
 
@@ -33,7 +38,7 @@ class FakePool:
         self._max_workers = workers
         self.threads = ThreadPoolExecutor(workers)
         self.lock, self.open, self.broken = threading.Lock(), set(), False
-        self.most = 0
+        self.most, self.down = 0, False
 
     def submit(self, fn, /, *args):
         with self.lock:
@@ -67,6 +72,7 @@ class FakePool:
             future.set_exception(error)
 
     def shutdown(self, wait=True):
+        self.down = True
         self.threads.shutdown(wait=wait)
 
 
@@ -113,16 +119,15 @@ def test_processes_that_are_killed_hang_and_raise(tmp_path, caplog):
         with caplog.at_level(logging.WARNING, "tolerax"):
             rows = workers.evaluate(fun, POINTS, VALUES, "fail")
         check_values(rows, {2: "lost", 4: "timed_out", 5: "raised", 6: "raised"})
-        # At most once when others were under way, and twice alone.
-        assert fun.times("killed")[0] in (2, 3)
-        assert len(fun.times("fine")) == 3
-        made = workers.counts["made"]
+        # Every death is that of one point, and no other one is evaluated twice.
+        assert fun.times("killed") == fun.times("killed once") == [2]
+        assert fun.times("fine") == [1, 1, 1]
         again = workers.evaluate(fun, POINTS[:4], VALUES, "fail")
         assert [row.value for row in again[:2]] == [bowl(x) for x in POINTS[:2]]
         assert outcomes(again) == {2: "lost"}
         assert again[2].calls == 0  # never tried again
-        assert fun.times("killed")[0] in (2, 3)
-        assert workers.counts["made"] == made + 1  # the worker that hung was replaced
+        assert fun.times("killed") == [2]
+        assert workers.counts["made"] == 1
         with pytest.raises(
             RuntimeError, match=r"(?s)Burst: burst 1 2.*raised on a worker.*simulators"
         ):
@@ -137,35 +142,66 @@ def test_processes_that_are_killed_hang_and_raise(tmp_path, caplog):
     assert any("2." in text and "killed its workers" in text for text in told)
 
 
+def test_processes_are_replaced_one_by_one():
+    pool = Processes(2)
+    first = pool.submit(os.getpid)
+    other = pool.submit(os.getpid).result()
+    with pytest.raises(BrokenProcessPool):
+        pool.submit(os.kill, first.result(), signal.SIGKILL).result()
+    assert pool.submit(os.getpid).result() == other
+    # One that dies while nobody asks is not noticed at once.
+    os.kill(other, signal.SIGKILL)
+    for _ in range(10):
+        try:
+            pids = {pool.submit(os.getpid).result()}
+            break
+        except BrokenProcessPool:
+            time.sleep(0.1)
+    assert not pids & {other, first.result()}
+    waiting = [pool.submit(time.sleep, 3600) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="all 2 processes are busy"):
+        pool.submit(os.getpid)
+    pool.shutdown(wait=False)
+    for future in waiting:
+        assert isinstance(future.exception(), BrokenProcessPool)
+
+
 # -- pools of threads that break -------------------------------------------------------------------
 
 FAULTS = ("fine", "nan", "raises", "dies", "dies once")
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @given(st.lists(st.sampled_from(FAULTS), min_size=8, max_size=8), st.integers(1, 4))
-@settings(max_examples=60)
-def test_innocent_points_are_never_lost(tmp_path_factory, faults, count):
+@settings(max_examples=40)
+def test_innocent_points_are_never_lost(tmp_path_factory, apart, faults, count):
     fun = simulator(tmp_path_factory.mktemp("w"), dict(enumerate(faults)))
     pools = []
 
-    def make():
-        pools.append(FakePool(count))
+    def make(size=count, mp_context=None):
+        pools.append(FakePool(size))
         return pools[-1]
 
-    workers = Workers(make)
-    rows = workers.evaluate(fun, POINTS, VALUES, "fail")
-    kinds = {"dies": "lost", "raises": "raised", "nan": "answered"}
-    for x, row, fault in zip(POINTS, rows, faults, strict=True):
-        assert row.outcome == kinds.get(fault, "answered")
-        right = np.nan if fault in kinds else bowl(x)
-        np.testing.assert_equal(row.value, right)
-    # Seen to kill twice, and perhaps once more in company.
-    assert all(2 <= n <= 3 for n in fun.times("dies"))
-    before = fun.times("dies")
-    workers.evaluate(fun, POINTS, VALUES, "fail")
-    assert fun.times("dies") == before
-    assert max(pool.most for pool in pools) <= count
-    workers.close()
+    with unittest.mock.patch.object(processes, "ProcessPoolExecutor", make):
+        workers = Workers(count if apart else make)
+        rows = workers.evaluate(fun, POINTS, VALUES, "fail")
+        kinds = {"dies": "lost", "raises": "raised", "nan": "answered"}
+        for x, row, fault in zip(POINTS, rows, faults, strict=True):
+            assert row.outcome == kinds.get(fault, "answered")
+            right = np.nan if fault in kinds else bowl(x)
+            np.testing.assert_equal(row.value, right)
+        if apart:
+            # Every death is that of one point.
+            assert set(fun.times("fine") + fun.times("nan") + fun.times("raises")) <= {1}
+            assert set(fun.times("dies") + fun.times("dies once")) <= {2}
+        # Else seen to kill twice, and perhaps once more in company.
+        assert all(2 <= n <= 3 for n in fun.times("dies"))
+        before = fun.times("dies")
+        workers.evaluate(fun, POINTS, VALUES, "fail")
+        assert fun.times("dies") == before
+        assert max(pool.most for pool in pools) <= (1 if apart else count)
+        workers.close()
+    assert all(pool.down for pool in pools)
 
 
 def test_retries_are_bounded(tmp_path):
@@ -283,16 +319,10 @@ def test_executors_that_break_or_refuse_now_and_then(tmp_path):
 
 def test_a_run_that_is_interrupted_leaves_nothing_behind():
     class Interrupted(FakePool):
-        down = False
-
         def submit(self, fn, /, *args):
             if fn is task and args[1][0] == 5:
                 raise KeyboardInterrupt
             return super().submit(fn, *args)
-
-        def shutdown(self, wait=True):
-            self.down = True
-            super().shutdown(wait=wait)
 
     pools = []
 

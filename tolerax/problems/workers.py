@@ -1,18 +1,18 @@
 """Points of a Python function evaluated by workers that may fail, hang and die."""
 
 import logging
-import multiprocessing
 import os
 import queue
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future
 from typing import Any, Literal, NamedTuple
 
 from jaxtyping import PyTree
 
 from tolerax.errors import WorkersLostError
 from tolerax.problems.known import Known
+from tolerax.problems.processes import Processes, end
 from tolerax.problems.python_code import Row, Wanted, failed
 from tolerax.problems.task import PointTimeoutError, Raised, here, loads, task
 
@@ -61,7 +61,8 @@ class Workers:
 
     **Arguments:**
 
-    - `executor`: a number of processes on this machine (spawned, not forked); a callable without
+    - `executor`: a number of processes on this machine (spawned, not forked; one that dies takes no
+      other point with it); a callable without
       arguments that makes an executor, which is called again when that breaks; an executor, that is
       anything with `submit(fn, *args)` that returns futures (it cannot be replaced when it breaks);
       or `None` for this process.
@@ -231,23 +232,22 @@ class Workers:
         self, fun: Callable, points: Sequence[PyTree], wanted: Wanted, todo: deque[int]
     ) -> Iterator[tuple[int, Answer]]:
         """The answers in any order. `todo` may be shortened by the reader."""
-        suspects: dict[int, Lost] = {}
-        for i, answer in self._round(fun, points, wanted, todo, self.in_flight):
-            if isinstance(answer, Lost):
-                suspects[i] = answer
-            else:
-                yield i, answer
-        # Whoever was under way when a worker died may have killed it. Alone, the guilty one shows.
-        todo.extend(sorted(suspects))
+        width = self.in_flight
+        kills: Counter[int] = Counter()
         while todo:
-            i = todo.popleft()
-            answer: Answer = suspects[i]
-            kills = answer.kills
-            while isinstance(answer, Lost) and kills <= self.retries:
-                ((_, answer),) = self._round(fun, points, wanted, deque([i]), 1)
-                kills += answer.kills if isinstance(answer, Lost) else 0
-            silent = isinstance(answer, Lost) and answer.silent
-            yield i, TimedOut() if silent else answer
+            again: list[int] = []
+            for i, answer in self._round(fun, points, wanted, todo, width):
+                if isinstance(answer, Lost):
+                    kills[i] += answer.kills
+                    if kills[i] <= self.retries:
+                        again.append(i)
+                        continue
+                silent = isinstance(answer, Lost) and answer.silent
+                yield i, TimedOut() if silent else answer
+            todo.extend(sorted(again))
+            # Whoever was under way when a worker died may have killed it. Alone, the guilty one
+            # shows.
+            width = self.in_flight if getattr(self._executor, "isolates", False) else 1
 
     def _round(
         self,
@@ -262,7 +262,10 @@ class Workers:
         home = here()
         while todo:
             executor = self._ready(fun)
-            limit = in_flight or getattr(executor, "_max_workers", None) or len(points)
+            isolates = getattr(executor, "isolates", False)
+            most = getattr(executor, "_max_workers", None) or len(points)
+            limit = min(in_flight or most, most) if isolates else in_flight or most
+            alone = isolates or limit == 1
             # Futures of an executor that was given up must not be heard, hence a queue for each.
             done: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
             under_way: dict[int, Future] = {}
@@ -275,7 +278,7 @@ class Workers:
                                 task, fun, points[i], wanted, self.deadline, home
                             )
                         except Exception as error:
-                            yield i, self._lost(error, limit == 1)
+                            yield i, self._lost(error, alone)
                             continue
                         under_way[i] = future
                         future.add_done_callback(lambda f, i=i, done=done: done.put((i, f)))
@@ -285,7 +288,7 @@ class Workers:
                         i, future = done.get(timeout=patience)
                     except queue.Empty:
                         why = f"no worker gave an answer within {patience} s"
-                        silent = Lost(why, int(limit == 1), silent=True)
+                        silent = Lost(why, int(alone), silent=True)
                         logger.warning("%s: all of them count as lost.", why)
                         self._trusted, self._tainted = None, True
                         self._discard()
@@ -293,7 +296,7 @@ class Workers:
                             yield i, silent
                         break
                     del under_way[i]
-                    yield i, self._read(future, limit == 1)
+                    yield i, self._read(future, alone)
             finally:  # where nobody waits for them any more
                 for future in under_way.values():
                     future.cancel()
@@ -302,7 +305,10 @@ class Workers:
         try:
             return future.result()
         except PointTimeoutError:
-            self._tainted = True
+            if isinstance(self._executor, Processes):
+                self._executor.mend()
+            else:
+                self._tainted = True
             return TimedOut()
         except Exception as error:
             return self._lost(error, alone)
@@ -311,7 +317,8 @@ class Workers:
         """A worker has died; the executor is tried before it is used again."""
         why = f"{type(error).__name__}: {error}"
         logger.info("a worker was lost (%s).", why)
-        self._trusted = None
+        if not getattr(self._executor, "isolates", False):
+            self._trusted = None
         # Dask has tried again so often already.
         again = getattr(error, "allowed_failures", 0)
         return Lost(why, 1 + again if alone else 0)
@@ -377,12 +384,10 @@ class Workers:
         tainted, self._tainted, self._trusted = self._tainted, False, None
         if executor is None or self._make is None:
             return
-        if tainted:
-            # There is no public way to end a process pool in which a call hangs.
-            for process in list((getattr(executor, "_processes", None) or {}).values()):
-                process.kill()
-        if hasattr(executor, "shutdown"):
-            executor.shutdown(wait=not tainted)
+        if tainted and hasattr(executor, "shutdown"):
+            end(executor)
+        elif hasattr(executor, "shutdown"):
+            executor.shutdown(wait=True)
 
 
 def _source(executor: Any) -> tuple[Callable[[], Any] | None, Any]:
@@ -392,8 +397,7 @@ def _source(executor: Any) -> tuple[Callable[[], Any] | None, Any]:
     if isinstance(executor, int) and not isinstance(executor, bool):
         if executor < 1:
             raise ValueError(f"executor is {executor}: give at least 1 process.")
-        spawn = multiprocessing.get_context("spawn")
-        return lambda: ProcessPoolExecutor(executor, mp_context=spawn), None
+        return lambda: Processes(executor), None
     if hasattr(executor, "submit") and not isinstance(executor, type):
         return None, _checked(executor)
     if callable(executor):
