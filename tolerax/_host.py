@@ -1,10 +1,10 @@
 """The loop driven from the host: slices of the compiled loop, or one answer at a time."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -134,7 +134,7 @@ class Host:
 
     def _end(self, run: Run, status: Any) -> Run:
         running = run.status == Status.running
-        run = eqx.tree_at(lambda r: r.status, run, Status.where(running, status, run.status))
+        run = dataclasses.replace(run, status=Status.where(running, status, run.status))
         self._report(run)
         self._save(run, force=True)
         return run

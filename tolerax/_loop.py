@@ -5,8 +5,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
+from tolerax._packing import Table, choose, packing
 from tolerax.contracts import Evaluation, Problem, Query, Solver, Start, Work, tree_all_finite
 from tolerax.progress import report_from_compiled
 from tolerax.solution import Best, History, Run, empty_history
@@ -115,7 +116,7 @@ def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
     checked = _check_claim(solver, run, query, evaluation)
     told = solver.tell(run.solver_state, query, evaluation)
     keep = run.verifying
-    state = jax.tree.map(lambda old, new: jnp.where(keep, old, new), run.solver_state, told)
+    state = choose(keep, run.solver_state, told)
     done, outcome = solver.terminate(state)
     claims = done & is_success(outcome) & ~keep
     own = jax.tree.map(jnp.subtract, solver.work(state), solver.work(run.solver_state))
@@ -169,7 +170,7 @@ def _note(
         better = better | (claims & feasible)
     # A second look at the best point replaces what is known about it.
     better = (better | run.verifying) & usable
-    best = jax.tree.map(lambda new, old: jnp.where(better, new, old), candidate, best)
+    best = choose(better, candidate, best)
     failures = run.failures + failed.astype(run.failures.dtype)
     where = lambda r: (r.best, r.work, r.failures)  # noqa: E731
     return eqx.tree_at(where, run, (best, run.work + evaluation.work + own, failures))
@@ -202,12 +203,10 @@ def _candidate(
     usable = value + error < jnp.inf
     if query.mask is not None:
         usable = usable & query.mask
-        rank = jnp.where(usable & (violation <= solver.feasibility), value + error, jnp.inf)
-        index = jnp.where(
-            jnp.any(rank < jnp.inf),
-            jnp.argmin(rank),
-            jnp.argmin(jnp.where(usable, violation, jnp.inf)),
-        )
+        feasible = usable & (violation <= solver.feasibility)
+        best_first = jnp.where(feasible, value + error, jnp.inf)
+        nearest_first = jnp.where(usable, violation, jnp.inf)
+        index = jnp.argmin(jnp.where(jnp.any(feasible), best_first, nearest_first))
         pick = lambda leaf: leaf[index]  # noqa: E731
         x, carry, gradient = jax.tree.map(pick, (x, carry, gradient))
         value, error, violation, norm, gradient_error, usable = map(
@@ -245,9 +244,8 @@ def _check_claim(solver: Solver, run: Run, query: Query, evaluation: Evaluation)
 
 def _record(
     solver: Solver, run: Run, query: Query, evaluation: Evaluation, extra: dict[str, Array]
-) -> History:
+) -> Any:
     """One more row."""
-    history = run.history
     shown, _ = _candidate(solver, query, evaluation, run)
     accuracy, achieved = query.accuracy, evaluation.achieved
     row = {
@@ -261,22 +259,10 @@ def _record(
         "state_error": jnp.max(achieved.state),
         "adjoint_error": jnp.max(achieved.adjoint),
     }
-    size = history.value.shape[0]
-    keep = history.count % history.stride == 0
-    # Rows past the end of the buffers are dropped, not wrapped.
-    index = jnp.where(keep, history.count // history.stride, size)
-
-    def put(column: Array, entry: ArrayLike) -> Array:
-        return column.at[index].set(jnp.asarray(entry, column.dtype), mode="drop")
-
-    columns = {name: put(getattr(history, name), entry) for name, entry in row.items()}
-    return History(
-        **columns,
-        work=jax.tree.map(put, history.work, run.work),
-        solver={name: put(column, extra[name]) for name, column in history.solver.items()},
-        count=history.count + 1,
-        stride=history.stride,
-    )
+    dtype = run.best.value.dtype
+    row = {name: jnp.asarray(entry, dtype) for name, entry in row.items()}
+    stride: Any = run.history.stride
+    return run.history.add(History(**row, work=run.work, solver=extra, count=None, stride=stride))
 
 
 def spent(run: Run, limits: dict[str, Array]) -> Bool[Array, ""]:
@@ -296,22 +282,26 @@ def advance(
     meter: Any = None,
 ) -> Run:
     """Ask, evaluate and tell until the run ends or `last_step` answers have been told."""
+    history = run.history
+    run = eqx.tree_at(lambda r: r.history, run, Table.of(history))
     arrays, static = eqx.partition(run, eqx.is_array)
+    pack, unpack = packing(arrays)
 
-    def unfinished(arrays: PyTree) -> Bool[Array, ""]:
-        run = eqx.combine(arrays, static)
+    def unfinished(packed: Any) -> Bool[Array, ""]:
+        run = eqx.combine(unpack(packed), static)
         going = (run.status == Status.running) & (run.step < last_step)
         return going & ~spent(run, limits)
 
-    def body(arrays: PyTree) -> PyTree:
-        run = eqx.combine(arrays, static)
+    def body(packed: Any) -> Any:
+        run = eqx.combine(unpack(packed), static)
         query = ask(solver, run, limits)
-        run = tell(solver, run, query, problem.evaluate(query))
+        run = tell(solver, run, query, solver.evaluated(problem, query))
         if meter is not None:
             report_from_compiled(meter, 20, run.step, scalars(run))
-        return eqx.filter(run, eqx.is_array)
+        return pack(eqx.filter(run, eqx.is_array))
 
-    run = eqx.combine(jax.lax.while_loop(unfinished, body, arrays), static)
+    run = eqx.combine(unpack(jax.lax.while_loop(unfinished, body, pack(arrays))), static)
+    run = eqx.tree_at(lambda r: r.history, run, run.history.history(history))
     over = (run.status == Status.running) & spent(run, limits)
     return eqx.tree_at(lambda r: r.status, run, Status.where(over, Status.budget, run.status))
 
@@ -321,7 +311,7 @@ def one(
     problem: Problem, solver: Solver, run: Run, limits: dict[str, Array]
 ) -> tuple[Run, Query, Evaluation]:
     query = ask(solver, run, limits)
-    evaluation = problem.evaluate(query)
+    evaluation = solver.evaluated(problem, query)
     return tell(solver, run, query, evaluation), query, evaluation
 
 

@@ -105,7 +105,10 @@ class Work(eqx.Module):
         self.network_passes = count(network_passes)
 
     def __add__(self, other: "Work") -> "Work":
-        return jax.tree.map(jnp.add, self, other)
+        # As one array: compiled, eight sums of scalars are eight kernels.
+        names = tuple(Work.__dataclass_fields__)
+        counts = [jnp.stack([getattr(w, name) for name in names]) for w in (self, other)]
+        return Work(**dict(zip(names, counts[0] + counts[1], strict=True)))
 
     @property
     def units(self) -> Int[Array, "*batch"]:
@@ -326,6 +329,10 @@ class Solver(eqx.Module):
     @abc.abstractmethod
     def ask(self, state: State) -> Query:
         """What to evaluate next."""
+
+    def evaluated(self, problem: Problem, query: Query) -> Evaluation:
+        """The problem's answer, for a solver that has a say in where it is computed."""
+        return problem.evaluate(query)
 
     @abc.abstractmethod
     def tell(self, state: State, query: Query, evaluation: Evaluation) -> State:

@@ -5,6 +5,7 @@ loop runs in slices, between which progress is reported, limits are checked and 
 saved; problems that are Python code are evaluated between a compiled ask and a compiled tell.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
@@ -155,7 +156,7 @@ def _finish(problem: Problem, run: Run) -> Solution:
     for cause in (Status.non_finite_start, Status.stopped, Status.worker_lost, Status.time):
         has_cause = has_cause | (status == cause)
     status = Status.where(nothing_usable & ~has_cause, Status.all_failed, status)
-    run = eqx.tree_at(lambda r: r.status, run, status)
+    run = dataclasses.replace(run, status=status)
     best = run.best
     return Solution(
         best.x,

@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
@@ -31,19 +32,30 @@ class History(eqx.Module):
     solver names in `record`. Use `rows()` for the filled part as NumPy arrays.
     """
 
-    value: Float[Array, " rows"]
-    value_error: Float[Array, " rows"]
-    best_value: Float[Array, " rows"]
-    gradient_norm: Float[Array, " rows"]
-    gradient_error: Float[Array, " rows"]
-    state_tolerance: Float[Array, " rows"]
-    adjoint_tolerance: Float[Array, " rows"]
-    state_error: Float[Array, " rows"]
-    adjoint_error: Float[Array, " rows"]
+    value: Float[Array, "*rows"]
+    value_error: Float[Array, "*rows"]
+    best_value: Float[Array, "*rows"]
+    gradient_norm: Float[Array, "*rows"]
+    gradient_error: Float[Array, "*rows"]
+    state_tolerance: Float[Array, "*rows"]
+    adjoint_tolerance: Float[Array, "*rows"]
+    state_error: Float[Array, "*rows"]
+    adjoint_error: Float[Array, "*rows"]
     work: Work
     solver: dict[str, Array]
-    count: Int[Array, ""]
+    count: Int[Array, ""] | None
     stride: int = eqx.field(static=True)
+
+    def columns(self) -> "History":
+        """The buffers alone."""
+        return eqx.filter(self, lambda leaf: eqx.is_array(leaf) and leaf.ndim == 1)
+
+    def add(self, row: "History") -> "History":
+        """One more row: a history whose columns are scalars, without a count."""
+        index = row_index(self.count, self.stride, self.value.shape[0])
+        put = lambda column, entry: column.at[index].set(entry, mode="drop")  # noqa: E731
+        columns = jax.tree.map(put, self.columns(), row)
+        return eqx.combine(columns, eqx.tree_at(lambda h: h.count, self, self.count + 1))
 
     def rows(self) -> dict[str, np.ndarray]:
         """The recorded rows by column name; work counts appear under their own names."""
@@ -60,7 +72,7 @@ class Run(eqx.Module):
     solver_state: Any
     best: Best
     work: Work
-    history: History
+    history: Any  # a History; in the compiled loop, the same as a Table
     step: Int[Array, ""]
     failures: Int[Array, ""]
     status: Any
@@ -159,6 +171,11 @@ class Solution(eqx.Module):
         if self.provenance.constants:
             lines.append(f"constants  {self.provenance}")
         return "\n".join(lines)
+
+
+def row_index(count: Array, stride: int, size: int) -> Array:
+    """Where the next row goes; the end of the buffers, where it is dropped, if it is not kept."""
+    return jnp.where(count % stride == 0, count // stride, size)
 
 
 def empty_history(size: int, stride: int, dtype: Any, recorded: dict[str, Any]) -> History:

@@ -5,19 +5,17 @@ whole blocks of rows, and the block sums are added in one fixed order, so that t
 depend on the number of devices. Random numbers are those of their position in the whole array.
 """
 
-import math
+from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PyTree
 
-BLOCKS = 64
-
-
-def blocks_of(count: int) -> int:
-    """How many blocks of equal size `count` rows are summed in."""
-    return math.gcd(count, BLOCKS)
+from tolerax.contracts import Evaluation, Problem, Query
+from tolerax.inner.noise import blocks_of as blocks_of
+from tolerax.inner.noise import normal as normal
 
 
 def replicated(x: Array, sharding: NamedSharding | None) -> Array:
@@ -39,8 +37,14 @@ def total(x: Float[Array, "n *rest"], sharding: NamedSharding | None = None) -> 
     """The sum over the rows, in blocks."""
     if sharding is None:
         return jnp.sum(x, axis=0)
-    blocks = blocks_of(x.shape[0])
-    parts = jnp.sum(x.reshape(blocks, -1, *x.shape[1:]), axis=1)
+    size = x.shape[0] // blocks_of(x.shape[0])
+
+    def local(x: Array) -> Array:
+        blocks = x.reshape(-1, size, *x.shape[1:])
+        return jax.lax.map(lambda block: jnp.sum(block, axis=0), blocks)
+
+    spec = sharding.spec
+    parts = jax.shard_map(local, mesh=sharding.mesh, in_specs=spec, out_specs=spec)(x)
     return jnp.sum(replicated(parts, sharding), axis=0)
 
 
@@ -50,10 +54,55 @@ def weighted_mean(
     """`sum_i w_i x_i / sum_i w_i`."""
     if sharding is None:
         return (w @ x) / jnp.sum(w)
-    return total(w[:, None] * x, sharding) / total(w, sharding)
+    return total(w[:, None] * x, sharding) / jnp.sum(w)
 
 
-def normal(key: PRNGKeyArray, x: Array) -> Array:
-    """Standard normal numbers in the shape of x, drawn in float32: a step of a stochastic scheme
-    does not resolve more, and they cost half of those in float64."""
-    return jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype)
+def when(
+    flag: Bool[Array, ""],
+    change: Callable[[Array, Array], Array],
+    x: Float[Array, "*shape"],
+) -> Float[Array, "*shape"]:
+    """`change(x, flag)` if the flag is set, else x.
+
+    A loop of at most one turn: unlike a conditional it copies nothing where the flag is not set,
+    and of many runs at once `change` costs nothing while none of them needs it. What `change` does
+    not derive from its arguments, though, XLA moves before the loop.
+    """
+
+    def once(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        flag, x = carry
+        return jnp.zeros_like(flag), change(x, flag)
+
+    return jax.lax.while_loop(lambda carry: carry[0], once, (flag, x))[1]
+
+
+def by_blocks(problem: Problem, query: Query, sharding: NamedSharding) -> Evaluation:
+    """The answer to a batch, of which every device evaluates what it holds block by block.
+
+    Compiled code may round differently for batches of different length: blocks always have the
+    same one.
+    """
+    assert query.mask is not None
+    size = query.mask.shape[0] // blocks_of(query.mask.shape[0])
+    asked, rest = eqx.partition(query, eqx.is_array)
+    problem_arrays, problem_rest = eqx.partition(problem, eqx.is_array)
+
+    def evaluate(arrays: PyTree, asked: PyTree) -> PyTree:
+        return eqx.combine(arrays, problem_rest).evaluate(eqx.combine(asked, rest))
+
+    def local(arrays: PyTree, asked: PyTree) -> PyTree:
+        blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), asked)
+        found = jax.lax.map(lambda one: eqx.filter(evaluate(arrays, one), eqx.is_array), blocks)
+        axes = sharding.mesh.axis_names
+        work = jax.tree.map(lambda count: jax.lax.psum(jnp.sum(count), axes), found.work)
+        joined = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
+        return eqx.tree_at(lambda e: e.work, joined, work)
+
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), asked)
+    shapes = eqx.filter_eval_shape(evaluate, problem_arrays, one)
+    arrays, static = eqx.partition(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    rows, everywhere = sharding.spec, PartitionSpec()
+    specs = jax.tree.map(lambda _: rows, arrays)
+    specs = eqx.tree_at(lambda e: e.work, specs, jax.tree.map(lambda _: everywhere, arrays.work))
+    spread = jax.shard_map(local, mesh=sharding.mesh, in_specs=(everywhere, rows), out_specs=specs)
+    return eqx.combine(spread(problem_arrays, asked), static)

@@ -173,8 +173,9 @@ class Objective(Problem):
         if mask is None:
             return self._point(query.x, query.derivatives)
         answers = eqx.filter_vmap(lambda x: self._point(x, query.derivatives))(query.x)
-        total = jax.tree.map(lambda n: jnp.sum(jnp.where(mask, n, 0)), answers.work)
-        return eqx.tree_at(lambda e: e.work, answers, total)
+        count = jnp.sum(mask)
+        work = Work(points=count, values=count, gradients=count * (query.derivatives > 0))
+        return eqx.tree_at(lambda e: e.work, answers, work)
 
     def _point(self, x: PyTree, derivatives: int) -> Evaluation:
         work = Work(points=1, values=1, gradients=int(derivatives > 0))

@@ -13,15 +13,17 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
-from tolerax.inner.particles import distributed, replicated
-from tolerax.solvers._common import Box
+from tolerax.contracts import Accuracy, Evaluation, Problem, Query, Solver, Start
+from tolerax.inner.noise import fold_in, normal, uniform
+from tolerax.inner.particles import blocks_of, by_blocks, distributed, replicated, total, when
+from tolerax.solvers._common import Box, select
 from tolerax.solvers.consensus import Agreement, Anisotropic, Consensus, HardMinimum, Noise
 from tolerax.status import PointStatus, Status
 from tolerax.validation import is_concrete
 
 Positions = Float[Array, "n d"]
 PROBE_LADDER = 12.0  # halvings from the spread of the start down to the smallest probe
+MOST_PROBES = 256
 
 
 class CBOState(eqx.Module):
@@ -79,8 +81,8 @@ class CBO(Solver):
       lower value. A large number uses up the budget.
     - `accuracy`: what is asked of problems whose values are not exact; the upper end of the
       interval of a value is its energy.
-    - `sharding`: a `NamedSharding` of the leading axis, to spread the particles over devices. Runs
-      on different numbers of devices agree to rounding as long as rounding decides no comparison.
+    - `sharding`: a `NamedSharding` of the leading axis, to spread the particles over devices. They
+      are evaluated and summed in 64 blocks, so that the number of devices decides nothing.
 
     Source: Pinnau, Totzeck, Tse, Martin (*M3AS* 27, 2017); Carrillo, Jin, Li, Zhu (*ESAIM: COCV*
     27, 2021); memory: Riedl (arXiv 2211.12184).
@@ -123,6 +125,12 @@ class CBO(Solver):
             value = getattr(self, name)
             if not isinstance(value, jax.Array) and not value > 0:
                 raise ValueError(f"{name} is {value}: it must be positive.")
+
+        if self.sharding is not None and blocks_of(self.particles) % self.sharding.num_devices:
+            raise ValueError(
+                f"particles is {self.particles}, but sharding has {self.sharding.num_devices} "
+                "devices: give a multiple of 64 particles and at most 64 devices."
+            )
 
     @property
     def honours_bounds(self) -> bool:
@@ -225,22 +233,31 @@ class CBO(Solver):
 
     # -- ask --------------------------------------------------------------------------------------
 
+    def _key(self, state: CBOState, purpose: Int[Array, ""] | int) -> PRNGKeyArray:
+        """A key for each step and each of four purposes."""
+        return fold_in(state.key, 4 * state.step + purpose)
+
     def _members(self, state: CBOState) -> Array:
         """The particles that are evaluated in this step."""
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
-        return jax.random.permutation(key, self.particles)[: self.batch]
+        return jax.random.permutation(self._key(state, 2), self.particles)[: self.batch]
 
     def _asked(self, state: CBOState) -> Positions:
+        """The particles, the first ones in exchange for probes where it is time for them."""
         x = state.x if self.batch is None else state.x[self._members(state)]
-        return jax.lax.cond(state.probing, lambda: self._probes(state, x.shape[0]), lambda: x)
+        count = min(x.shape[0], MOST_PROBES)
+        none = jnp.zeros((count, x.shape[1]), x.dtype)
+        probes = when(state.probing, lambda none, now: self._probes(state, none, now), none)
+        probes = jnp.pad(probes, ((0, x.shape[0] - count), (0, 0)))
+        first = state.probing & (jnp.arange(x.shape[0]) < count)
+        return jnp.where(first[:, None], probes, x)
 
-    def _probes(self, state: CBOState, count: int) -> Positions:
+    def _probes(self, state: CBOState, like: Positions, now: Array) -> Positions:
         """Points around the best one, at distances that halve from the spread of the start."""
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
-        direction = jax.random.normal(key, (count, state.best_x.size), jnp.float32)
+        count = like.shape[0]
+        key = self._key(state, 2 + now)
         exponent = -PROBE_LADDER * jnp.arange(count) / count
-        length = (2.0**exponent).astype(state.x.dtype)[:, None]
-        points = state.best_x[None] + length * state.scale[None] * direction.astype(state.x.dtype)
+        length = (2.0**exponent).astype(like.dtype)[:, None]
+        points = state.best_x[None] + length * state.scale[None] * normal(key, like)
         return jax.vmap(self._feasible(state.box))(points)
 
     def ask(self, state: CBOState) -> Query:
@@ -252,6 +269,11 @@ class CBO(Solver):
             mask=jnp.ones(x.shape[0], bool),
             derivatives=0 if self.gradient is None else 1,
         )
+
+    def evaluated(self, problem: Problem, query: Query) -> Evaluation:
+        if self.sharding is None or self.batch is not None or problem.host:
+            return problem.evaluate(query)
+        return by_blocks(problem, query, self.sharding)
 
     # -- tell -------------------------------------------------------------------------------------
 
@@ -265,6 +287,7 @@ class CBO(Solver):
         if evaluation.violation is not None:
             violation = jnp.where(ok, evaluation.violation.astype(dtype), jnp.inf)
         energy = jnp.where(ok, value + state.penalty * violation, jnp.inf)
+        energy = replicated(energy, self.sharding)
         x = jax.vmap(lambda point: ravel_pytree(point)[0])(query.x)
         lowest = jnp.argmin(energy)
         lower = energy[lowest] < state.best
@@ -278,24 +301,43 @@ class CBO(Solver):
             best_x=jnp.where(lower, x[lowest], state.best_x),
             penalty=jnp.where(hard & ok[lowest], 1.5 * state.penalty, state.penalty),
         )
-        told = (x, energy, violation, ok, gradient)
-        lost = ~jnp.any(ok)
-        new = jax.lax.cond(
-            state.probing,
-            lambda: self._probed(now, x, lower),
-            lambda: self._moved(now, told),
+        moved = self._moved(now, x, energy, violation, ok, gradient)
+        # After probes the particles go on from there when one of them was lower, else all is over.
+        # Selecting is cheaper than a conditional, which would copy all particles.
+        held = jnp.where(lower, self._placed(state, x), state.x)
+        probed = dataclasses.replace(
+            now,
+            x=distributed(held, self.sharding),
+            step=state.step + 1,
+            agreeing=jnp.zeros_like(state.agreeing),
+            probing=jnp.zeros_like(state.probing),
+            done=~lower,
+            status=Status.where(lower, Status.running, Status.consensus),
         )
+        new = select(state.probing, probed, moved)
+        lost = jnp.sum(ok) == 0
         return dataclasses.replace(
             new,
             done=new.done | lost,
             status=Status.where(lost, Status.all_failed, new.status),
         )
 
-    def _moved(self, state: CBOState, told: tuple) -> CBOState:
+    def _placed(self, state: CBOState, x: Positions) -> Positions:
+        """All particles, with those that were evaluated at x."""
+        return x if self.batch is None else state.x.at[self._members(state)].set(x)
+
+    def _moved(
+        self,
+        state: CBOState,
+        x: Positions,
+        energy: Array,
+        violation: Array,
+        ok: Array,
+        gradient: Positions | None,
+    ) -> CBOState:
         """One step of the particles."""
-        x, energy, violation, ok, gradient = told
-        key = jax.random.fold_in(state.key, state.step)
-        noise_key, copy_key = jax.random.split(key)
+        over = self.sharding if self.batch is None else None
+        noise_key, copy_key = self._key(state, 0), self._key(state, 1)
         members = None if self.batch is None else self._members(state)
         memory = state.memory
         anchor, anchor_energy = x, energy
@@ -304,11 +346,9 @@ class CBO(Solver):
             better = energy < old_energy
             anchor = jnp.where(better[:, None], x, old)
             anchor_energy = jnp.where(better, energy, old_energy)
-        agreed: Agreement = self.consensus(
-            anchor, anchor_energy, violation, state.step, self.sharding if members is None else None
-        )
+        agreed: Agreement = self.consensus(anchor, anchor_energy, violation, state.step, over)
         m = agreed.point
-        placed = jax.lax.cond(jnp.all(ok), lambda: x, lambda: _replaced(x, ok, copy_key))
+        placed = when(jnp.sum(ok) < ok.size, lambda x, now: _replaced(x, ok, copy_key, now), x)
         u = placed - m
         drifted = (1 - self.drift * self.dt) * u
         if memory is not None and self.memory is not None:
@@ -318,14 +358,11 @@ class CBO(Solver):
             usable = ok[:, None] & jnp.isfinite(gradient)
             drifted = drifted - self.gradient * self.dt * jnp.where(usable, gradient, 0)
         noise_memory = self.noise.update(state.noise, placed, agreed)
-        moved = m + self.noise(noise_key, u, drifted, state.scale, agreed.weights, noise_memory)
-        moved = jax.vmap(self._feasible(state.box))(moved)
-        close = jnp.abs(u) <= self.tol * (1 + jnp.abs(m))
-        agree = jnp.min(jnp.mean(close & ok[:, None], axis=0)) >= 0.5
+        noise = self.noise(noise_key, u, drifted, state.scale, agreed.weights, noise_memory, over)
+        moved = jax.vmap(self._feasible(state.box))(m + noise)
+        close = (jnp.abs(u) <= self.tol * (1 + jnp.abs(m))) & ok[:, None]
+        agree = jnp.min(total(close.astype(x.dtype), over)) >= 0.5 * x.shape[0]
         agreeing = jnp.where(agree, state.agreeing + 1, 0)
-        width = jnp.max(jnp.mean(jnp.abs(u), axis=0))
-        if members is not None:
-            moved = state.x.at[members].set(moved)
         if memory is not None and members is None:
             memory = (anchor, anchor_energy)
         elif memory is not None:
@@ -333,29 +370,15 @@ class CBO(Solver):
             memory = (whole.at[members].set(anchor), energies.at[members].set(anchor_energy))
         return dataclasses.replace(
             state,
-            x=distributed(moved, self.sharding),
+            x=distributed(self._placed(state, moved), self.sharding),
             noise=noise_memory,
             memory=memory,
             consensus=jnp.mean(m, axis=0),
             effective=agreed.effective,
-            width=width,
+            width=jnp.max(total(jnp.abs(u), over)) / x.shape[0],
             step=state.step + 1,
             agreeing=agreeing,
             probing=agreeing > self.patience,
-        )
-
-    def _probed(self, state: CBOState, x: Positions, lower: Array) -> CBOState:
-        """Go on from the probes when one of them was lower, else end."""
-        if self.batch is not None:
-            x = state.x.at[self._members(state)].set(x)
-        return dataclasses.replace(
-            state,
-            x=jnp.where(lower, distributed(x, self.sharding), state.x),
-            step=state.step + 1,
-            agreeing=jnp.zeros_like(state.agreeing),
-            probing=jnp.zeros_like(state.probing),
-            done=~lower,
-            status=Status.where(lower, Status.running, Status.consensus),
         )
 
     def terminate(self, state: CBOState) -> tuple[Bool[Array, ""], Any]:
@@ -365,11 +388,11 @@ class CBO(Solver):
         return {"iteration": state.step, "spread": state.width, "effective": state.effective}
 
 
-def _replaced(x: Positions, ok: Bool[Array, " n"], key: PRNGKeyArray) -> Positions:
+def _replaced(x: Positions, ok: Bool[Array, " n"], key: PRNGKeyArray, now: Array) -> Positions:
     """Failed particles put where others are, drawn at random."""
-    rank = jnp.cumsum(ok)
-    drawn = jax.random.randint(key, ok.shape, 1, jnp.maximum(rank[-1], 1) + 1)
-    donor = jnp.searchsorted(rank, drawn)
+    rank = jnp.cumsum(ok & now)
+    drawn = jnp.floor(rank[-1] * uniform(fold_in(key, now.astype(jnp.int32)), x.shape[0])) + 1
+    donor = jnp.searchsorted(rank, drawn.astype(rank.dtype))
     return jnp.where(ok[:, None], x, x[donor])
 
 

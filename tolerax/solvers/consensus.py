@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from tolerax.inner.particles import normal, total, weighted_mean
+from tolerax.inner.noise import fold_in, normal, uniform
+from tolerax.inner.particles import replicated, weighted_mean
 
 Positions = Float[Array, "n d"]
 Energies = Float[Array, " n"]
@@ -64,7 +65,8 @@ def _boltzmann(alpha: Array, shifted: Energies) -> Energies:
 
 
 def _agree(x: Positions, w: Energies, over: Any) -> Agreement:
-    s, squares = total(w, over), total(w * w, over)
+    w = replicated(w, over)
+    s, squares = jnp.sum(w), jnp.sum(w * w)
     return Agreement(weighted_mean(w, x, over)[None], s * s / squares, w / s)
 
 
@@ -108,7 +110,9 @@ class SoftConsensus(Consensus):
     ) -> Agreement:
         del violation
         shifted = _shifted(energy)
-        alpha = self.alpha * jnp.asarray(self.growth, x.dtype) ** step
+        alpha = jnp.asarray(self.alpha, x.dtype)
+        if not (isinstance(self.growth, float | int) and self.growth == 1):
+            alpha = alpha * jnp.asarray(self.growth, x.dtype) ** step
         if self.standardized:
             alpha = alpha / _height(shifted)
         return _agree(x, _boltzmann(alpha, shifted), over)
@@ -157,7 +161,7 @@ class EffectiveSampleSize(Consensus):
             low, high = ends
             middle = 0.5 * (low + high)
             w = _boltzmann(jnp.exp(middle) / unit, shifted)
-            flat = total(w, over) ** 2 / total(w * w, over) > self.share * count
+            flat = jnp.sum(w) ** 2 / jnp.sum(w * w) > self.share * count
             return jnp.where(flat, middle, low), jnp.where(flat, high, middle)
 
         ends = (jnp.full((), -12.0, energy.dtype), jnp.full((), 24.0, energy.dtype))
@@ -233,10 +237,11 @@ class Noise(eqx.Module):
         scale: Float[Array, " d"],
         weights: Energies,
         memory: Any,
+        over: Any = None,
     ) -> Positions:
         """Where particles go from `drifted`, where the drift took them; both are relative to the
         consensus. `scale` is the spread of the start in every coordinate, `weights` are those of
-        the particles in the consensus."""
+        the particles in the consensus, `over` is the sharding of the particles or `None`."""
 
     @abc.abstractmethod
     def contraction(self, drift: float, d: int) -> float:
@@ -279,18 +284,19 @@ class Anisotropic(Noise):
         scale: Float[Array, " d"],
         weights: Energies,
         memory: Any,
+        over: Any = None,
     ) -> Positions:
         del memory
-        key, which, when = jax.random.split(key, 3)
-        xi = normal(key, u)
+        xi = normal(key, u, over)
         width = jnp.clip(jnp.abs(u), self.floor * scale[None], self.truncated)
         n, d = u.shape
         moved = drifted + self.s * width * xi
         if self.jumps is None:
             return moved
         # A jump takes many steps to be forgotten: with more of them particles never agree.
-        jumping = jax.random.uniform(when, (n,)) < jnp.minimum(self.jumps, 0.01 * d)
-        column = jnp.where(jumping, jax.random.randint(which, (n,), 0, d), -1)
+        jumping = uniform(fold_in(key, -1), n) < jnp.minimum(self.jumps, 0.01 * d)
+        column = jnp.floor(d * uniform(fold_in(key, -2), n)).astype(jnp.int32)
+        column = jnp.where(jumping, column, -1)
         # A particle that is the consensus itself stays.
         here = (jnp.arange(d)[None] == column[:, None]) & (weights < 1)[:, None]
         return jnp.where(here, self.jump_scale * scale[None] * xi, moved)
@@ -323,11 +329,12 @@ class Isotropic(Noise):
         scale: Float[Array, " d"],
         weights: Energies,
         memory: Any,
+        over: Any = None,
     ) -> Positions:
         del weights, memory
         length = jnp.linalg.norm(u, axis=1, keepdims=True)
         width = jnp.clip(length, self.floor * jnp.linalg.norm(scale), self.truncated)
-        return drifted + self.s * width * normal(key, u)
+        return drifted + self.s * width * normal(key, u, over)
 
     def contraction(self, drift: float, d: int) -> float:
         rng = np.random.default_rng(0)
@@ -399,9 +406,10 @@ class Covariance(Noise):
         scale: Float[Array, " d"],
         weights: Energies,
         memory: Shape,
+        over: Any = None,
     ) -> Positions:
         del drifted, scale, weights
-        return normal(key, u) @ memory.factor.T
+        return normal(key, u, over) @ memory.factor.T
 
     def contraction(self, drift: float, d: int) -> float:
         del drift, d
