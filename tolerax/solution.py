@@ -43,7 +43,7 @@ class History(eqx.Module):
     adjoint_error: Float[Array, "*rows"]
     work: Work
     solver: dict[str, Array]
-    count: Int[Array, ""] | None
+    count: Any  # None in a row that is to be added
     stride: int = eqx.field(static=True)
 
     def columns(self) -> "History":

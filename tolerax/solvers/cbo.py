@@ -322,7 +322,7 @@ class CBO(Solver):
             status=Status.where(lost, Status.all_failed, new.status),
         )
 
-    def _placed(self, state: CBOState, x: Positions) -> Positions:
+    def _placed(self, state: CBOState, x: Float[Array, "m d"]) -> Positions:
         """All particles, with those that were evaluated at x."""
         return x if self.batch is None else state.x.at[self._members(state)].set(x)
 

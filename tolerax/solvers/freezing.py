@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
-from tolerax.inner.particles import normal
+from tolerax.inner.noise import fold_in, normal
 from tolerax.solvers._population import check_count, check_positive
 from tolerax.solvers.cbo import CBO, CBOState
 from tolerax.solvers.consensus import Agreement, Consensus, HardMinimum, Noise
@@ -45,12 +45,13 @@ class Frozen(Noise):
         scale: Float[Array, " d"],
         weights: Array,
         memory: Array,
+        over: Any = None,
     ) -> Positions:
         del drifted, weights
-        one, two = jax.random.split(key)
-        within = u * jnp.exp(self.s * normal(one, u) - 0.5 * jnp.square(self.s) - self.decay)
+        one, two = fold_in(key, 0), fold_in(key, 1)
+        within = u * jnp.exp(self.s * normal(one, u, over) - 0.5 * jnp.square(self.s) - self.decay)
         forgotten = jnp.sqrt(-jnp.expm1(-2 * jnp.asarray(self.decay, u.dtype)))
-        return within + forgotten * memory * scale[None] * normal(two, u)
+        return within + forgotten * memory * scale[None] * normal(two, u, over)
 
     def contraction(self, drift: float, d: int) -> float:
         del drift, d
