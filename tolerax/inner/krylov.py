@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from tolerax.inner.bounds import dual_norm
+from tolerax.inner.recycled import Recycled
 
 Vector = Float[Array, " n"]
 Operator = Callable[[Vector], Vector]
@@ -32,6 +33,7 @@ class LinearResult(eqx.Module):
     - `iterations`, `products`: iterations, and products with A (one more for a guess, one more for
       a recomputed residual).
     - `converged`: whether `error <= tolerance`.
+    - `memory`: the preconditioner that was given as `memory`, with what this solve taught it.
     """
 
     x: Vector
@@ -44,6 +46,7 @@ class LinearResult(eqx.Module):
     iterations: Int[Array, ""]
     products: Int[Array, ""]
     converged: Bool[Array, ""]
+    memory: Recycled | None = None
 
     @classmethod
     def by_residual(
@@ -109,18 +112,23 @@ class CG(eqx.Module):
         guess: Vector | None = None,
         preconditioner: Vector | None = None,
         exact_residual: bool = True,
+        memory: Recycled | None = None,
     ) -> LinearResult:
         """Solve until the error is at most `tolerance`, or `relative` times that of the guess.
 
         - `lower_bound`: diagonal D with D <= A.
         - `preconditioner`: diagonal P that resembles A (default D).
         - `exact_residual`: `False` saves a product and returns that of the recurrence.
+        - `memory`: a [`Recycled`][] preconditioner on the same D, used in place of a diagonal one.
         """
         dtype = b.dtype
         d = lower_bound
         p_diag = d if preconditioner is None else preconditioner
         # The spectrum of P^-1 A lies above this.
-        floor = (1 - 1e-7) * jnp.min(d / p_diag)
+        floor = jnp.min(d / p_diag) if memory is None else memory.floor
+        floor = (1 - 1e-7) * floor
+        inverse = (lambda r: r / p_diag) if memory is None else memory.solve
+        kept = None if memory is None else jnp.zeros((2, memory.pairs, b.size), dtype)
         tiny = jnp.finfo(dtype).tiny
         eps = jnp.finfo(dtype).eps
         count = jnp.result_type(int)
@@ -139,7 +147,7 @@ class CG(eqx.Module):
         r, x = r / scale, jnp.zeros_like(b)
         guess_norm = jnp.zeros((), dtype) if guess is None else jnp.linalg.norm(guess / scale)
         asked = jnp.asarray(tolerance, dtype) / scale
-        z = r / p_diag
+        z = inverse(r)
         rz = jnp.dot(r, z)
         gamma = 1 / floor
         # Floors to compare the smallest Ritz value with; less than 1 leaves room for rounding.
@@ -154,7 +162,7 @@ class CG(eqx.Module):
             return 2 * eps * largest * size / jnp.sqrt(jnp.min(d))
 
         def unfinished(carry: tuple) -> Bool[Array, ""]:
-            x, r, _, rz, weights, gone, (_, largest), step, bad = carry
+            x, r, _, rz, weights, gone, (_, largest), step, bad, _ = carry
             squared, unsure = bound(weights[0], rz, r), rounding(x, largest)
             # What the error of the guess was: decrements so far plus what is left.
             wanted = jnp.maximum(asked, relative * jnp.sqrt(gone + squared))
@@ -164,8 +172,10 @@ class CG(eqx.Module):
             return going & (step < self.max_steps) & ~bad
 
         def body(carry: tuple) -> tuple:
-            x, r, p, rz, (gamma, test), gone, (curvature, largest), step, _ = carry
+            x, r, p, rz, (gamma, test), gone, (curvature, largest), step, _, kept = carry
             ap = operator(p)
+            if kept is not None:
+                kept = kept.at[:, step].set(jnp.stack([p, ap]), mode="drop")
             pap = jnp.dot(p, ap)
             curvature = jnp.minimum(curvature, pap / jnp.maximum(jnp.dot(p, d * p), tiny))
             unit = jnp.maximum(jnp.max(jnp.abs(p)), tiny)
@@ -174,7 +184,7 @@ class CG(eqx.Module):
             bad = ~(pap > 0)
             alpha = jnp.where(bad, 0, rz / jnp.where(bad, 1, pap))
             x, r = x + alpha * p, r - alpha * ap
-            z = r / p_diag
+            z = inverse(r)
             rz_new = jnp.dot(r, z)
             beta = rz_new / rz
 
@@ -187,14 +197,15 @@ class CG(eqx.Module):
             curvature = jnp.minimum(curvature, jnp.min(jnp.where(jnp.isnan(test), shares, jnp.inf)))
             weights = (weight(gamma, floor), test)
             seen = (curvature, largest)
-            return x, r, z + beta * p, rz_new, weights, gone + alpha * rz, seen, step + 1, bad
+            gone = gone + alpha * rz
+            return x, r, z + beta * p, rz_new, weights, gone, seen, step + 1, bad, kept
 
         zero, inf = jnp.zeros((), dtype), jnp.array(jnp.inf, dtype)
         bad = ~jnp.isfinite(rz)
         weights = (gamma, gamma / shares)
-        start = (x, r, z, rz, weights, zero, (inf, zero), jnp.array(0, count), bad)
+        start = (x, r, z, rz, weights, zero, (inf, zero), jnp.array(0, count), bad, kept)
         end = jax.lax.while_loop(unfinished, body, start)
-        x, r, _, rz, (gamma, _), gone, (curvature, largest), steps, bad = end
+        x, r, _, rz, (gamma, _), gone, (curvature, largest), steps, bad, kept = end
         squared = bound(gamma, rz, r)
         error, unsure = scale * jnp.sqrt(squared), scale * rounding(x, largest)
         first_error = scale * jnp.sqrt(jnp.minimum(first, gone + squared))
@@ -222,4 +233,5 @@ class CG(eqx.Module):
             steps,
             products,
             error <= 1.01 * wanted,
+            memory if memory is None or kept is None else memory.learned(*kept),
         )

@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from tolerax.inner.bounds import at_least, decrement_for, distance, dual_norm, excess
 from tolerax.inner.krylov import CG
 from tolerax.inner.lbfgs import add_pair, inverse_product, no_pairs
+from tolerax.inner.recycled import Recycled
 from tolerax.status import PointStatus
 
 Vector = Float[Array, " n"]
@@ -30,6 +31,7 @@ class Smooth(eqx.Module):
     - `self_concordance`: M with `|D^3 h[u, u, v]| <= M |v|_2 u'Hu`; 0 for a quadratic.
     - `preconditioner(y)`: diagonal that resembles the Hessian, or `None`.
     - `along(v)`: N(v) with `|D^3 h[u, u, v]| <= N(v) u'Hu`, sharper than M |v|_2, or `None`.
+    - `memory`: what earlier linear solves taught about the Hessian, or `None`.
     """
 
     value: Callable[[Vector], Scalar]
@@ -37,6 +39,7 @@ class Smooth(eqx.Module):
     self_concordance: Scalar
     preconditioner: Callable[[Vector], Vector] | None = None
     along: Callable[[Vector], Scalar] | None = None
+    memory: Recycled | None = None
 
     def bend(self, v: Vector) -> Scalar:
         """How much the Hessian can change along v: H(y + v) is at most exp(bend) H(y)."""
@@ -85,6 +88,7 @@ class LowerResult(eqx.Module):
       `bent`: the same over what [`Smooth.bend`][] allows: above 1 it contradicts that.
     - `curvature`: bound on the smallest eigenvalue of D^-1 H seen: below 0.99 it contradicts D.
     - `rounding`: what rounding may have added to the residual, in the dual norm.
+    - `memory`: that of the function, with what linear solves on the way taught it.
     """
 
     y: Vector
@@ -98,6 +102,7 @@ class LowerResult(eqx.Module):
     bent: Scalar
     curvature: Scalar
     rounding: Scalar
+    memory: Recycled | None = None
 
 
 class Minimizer(eqx.Module):
@@ -174,7 +179,7 @@ class NewtonCG(Minimizer):
 
         def newton(state: tuple) -> tuple:
             y, h, r, t, a, step, gradients, products, stuck, third, bent, *seen = state
-            curvature, largest = seen
+            curvature, largest, memory = seen
             operator = lower.hessian(y)
             left = jnp.maximum(effort - gradients - products, 1)
             solve = CG(jnp.minimum(left, self.max_cg_steps).astype(count))(
@@ -185,6 +190,7 @@ class NewtonCG(Minimizer):
                 relative=jnp.minimum(self.forcing, excess(a)),
                 preconditioner=lower.diagonal(y),
                 exact_residual=False,
+                memory=memory,
             )
             d, hd = solve.x, -r - solve.residual
             dhd = jnp.maximum(jnp.dot(d, hd), 0)
@@ -240,22 +246,23 @@ class NewtonCG(Minimizer):
                 bent,
                 jnp.minimum(curvature, solve.curvature),
                 largest,
+                solve.memory,
             )
 
         zero = jnp.array(0, count)
         nothing = jnp.zeros((), y.dtype)
-        seen = (nothing, nothing, nothing + jnp.inf, largest)
+        seen = (nothing, nothing, nothing + jnp.inf, largest, lower.memory)
         start = (y, h, r, t, a, zero, zero + 1, zero, zero, *seen)
-        y, h, r, t, a, _, gradients, products, stuck, third, bent, curvature, largest = (
-            jax.lax.while_loop(unfinished, newton, start)
-        )
+        end = jax.lax.while_loop(unfinished, newton, start)
+        y, h, r, t, a, _, gradients, products, stuck, third, bent, *seen = end
+        curvature, largest, memory = seen
         finite = jnp.isfinite(h) & jnp.all(jnp.isfinite(r))
         # Where h is not a number its gradient may well be one.
         t = jnp.where(finite, t, jnp.inf)
         status = _outcome(t <= tolerance, stuck >= 2, finite)
         rounding = lower.rounding(y, largest)
         return LowerResult(
-            y, r, t, a, gradients, products, status, third, bent, curvature, rounding
+            y, r, t, a, gradients, products, status, third, bent, curvature, rounding, memory
         )
 
 
@@ -397,4 +404,5 @@ def _from_gradient(
         jnp.zeros((), y.dtype),
         jnp.full((), jnp.inf, y.dtype),
         rounding,
+        lower.memory,
     )

@@ -87,6 +87,10 @@ class Bilevel(Problem):
     - `lower_solver`: [`NewtonCG`][], [`LBFGS`][] or [`AcceleratedGradient`][] of `tolerax.inner`.
     - `adjoint_solver`: [`CG`][].
     - `preconditioner`: callable (y, x) -> pytree like y, a diagonal that resembles H.
+    - `recycle`: rank of a preconditioner that is learned from the linear solves of a run, `D + L L'`
+      with D the strong convexity (see [`Recycled`][]): worth its memory where the Hessian
+      exceeds D by far along a modest number of directions. The carry holds `recycle` vectors like
+      y. 0 for none; not together with `preconditioner`, and not in the Euclidean norm.
     - `norm`: `"energy"`, or `"euclidean"` for the bounds as published (MAID, arXiv 2308.10098),
       which are kept for comparisons.
 
@@ -127,10 +131,16 @@ class Bilevel(Problem):
         lower_solver: Minimizer | None = None,
         adjoint_solver: CG | None = None,
         preconditioner: Callable[[PyTree, PyTree], PyTree] | None = None,
+        recycle: int = 0,
         norm: str = "energy",
     ):
         if norm not in ("energy", "euclidean"):
             raise ValueError(f'norm is {norm!r}: use "energy" or "euclidean".')
+        if recycle < 0 or (recycle and preconditioner is not None):
+            raise ValueError(
+                f"recycle is {recycle} with preconditioner {preconditioner!r}: give a rank of at "
+                "least 0, and only one of both."
+            )
         kind = Energy if norm == "energy" else Euclidean
         self.oracle = Implicit(
             upper,
@@ -146,6 +156,7 @@ class Bilevel(Problem):
                 preconditioner=preconditioner,
                 self_concordance_along=self_concordance_along,
                 relative_smoothness=relative_smoothness,
+                recycle=recycle if norm == "energy" else 0,
             ),
         )
         self.bounds = bounds

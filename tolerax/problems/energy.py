@@ -14,6 +14,7 @@ from tolerax.inner.bounds import dual_norm
 from tolerax.inner.estimates import largest_singular_value, smallest_eigenvalue
 from tolerax.inner.krylov import CG, LinearResult
 from tolerax.inner.minimizers import Minimizer, Smooth
+from tolerax.inner.recycled import Recycled, blank_factor
 from tolerax.problems.constants import constant, origin
 from tolerax.problems.implicit import Fixed, Solved
 from tolerax.problems.norms import SAFETY, Errors, energy_errors, estimate_cross
@@ -22,15 +23,18 @@ from tolerax.status import PointStatus
 Vector = Float[Array, " n"]
 Scalar = Float[Array, ""]
 LANCZOS_STEPS = 12
+PAIRS = 16  # directions of a linear solve that the next ones learn from
 
 
 class Known(eqx.Module):
-    """The constants at one x: bound D on the Hessian, self-concordance M, estimates."""
+    """The constants at one x: bound D on the Hessian, self-concordance M, estimates; and what linear
+    solves have learned, if they do."""
 
     lower_bound: Vector
     self_concordance: Scalar
     estimates: dict[str, Array]
     work: Work
+    memory: Recycled | None = None
 
 
 class Minimization(eqx.Module):
@@ -45,6 +49,7 @@ class Minimization(eqx.Module):
     preconditioner: Any = None
     self_concordance_along: Any = None
     relative_smoothness: Any = None
+    recycle: int = eqx.field(static=True, default=0)
 
     @property
     def provenance(self) -> Provenance:
@@ -71,6 +76,8 @@ class Minimization(eqx.Module):
             estimates |= {"self_concordance": zero}
         if self.estimates_smoothness:
             estimates |= {"smoothness": zero}
+        if self.recycle:
+            estimates |= {"recycled": blank_factor(y, self.recycle)}
         return estimates
 
     def constants(self, at: Fixed, carry: Any) -> Known:
@@ -106,7 +113,11 @@ class Minimization(eqx.Module):
             self_concordance = SAFETY * m
         else:
             self_concordance = at.constant(self.self_concordance).astype(y.dtype)
-        return Known(lower_bound, self_concordance, estimates, Work(hessian_products=products))
+        memory = None
+        if self.recycle:
+            memory = Recycled.of(lower_bound, estimates["recycled"], pairs=PAIRS)
+        work = Work(hessian_products=products)
+        return Known(lower_bound, self_concordance, estimates, work, memory)
 
     def smooth(self, at: Fixed, known: Known) -> Smooth:
         """The lower level as a function of the flat y."""
@@ -117,7 +128,9 @@ class Minimization(eqx.Module):
         along = None
         if self.self_concordance_along is not None:
             along = lambda v: constant(self.self_concordance_along, at.unravel(v), at.x)  # noqa: E731
-        return Smooth(at.potential, known.lower_bound, known.self_concordance, diagonal, along)
+        return Smooth(
+            at.potential, known.lower_bound, known.self_concordance, diagonal, along, known.memory
+        )
 
     def contradiction(
         self, curvature: Scalar, known: Known, third: ArrayLike = 0.0, bent: ArrayLike = 0.0
@@ -168,6 +181,7 @@ class Minimization(eqx.Module):
             tolerance=tolerance,
             guess=guess,
             preconditioner=lower.diagonal(y),
+            memory=known.memory,
         )
 
     def _adjoint(
@@ -184,6 +198,8 @@ class Minimization(eqx.Module):
         status = PointStatus.where(wrong, PointStatus.contradicted, status)
         work = Work(hessian_products=solve.products, linear_iterations=solve.iterations)
         zero, error = jnp.zeros((), y.dtype), factor * solve.error
+        if solve.memory is not None:
+            seen = {**seen, "recycled": solve.memory.factor}
         return solve, Solved(solve.x, solve.residual, error, zero, work, status, seen)
 
     def _state(
@@ -214,6 +230,7 @@ class Minimization(eqx.Module):
             status,
             estimates,
             solve.rounding,
+            solve.memory,
         )
 
     @abc.abstractmethod
@@ -441,5 +458,6 @@ class Euclidean(Minimization):
 
 
 def _merged(state: dict[str, Array], adjoint: dict[str, Array]) -> dict[str, Array]:
-    """The estimates of both solves: of two curvatures the smaller one."""
-    return state | {name: jnp.minimum(state[name], value) for name, value in adjoint.items()}
+    """The estimates of both solves: of two curvatures the smaller one, of two memories the last."""
+    smaller = {name: jnp.minimum(state[name], adjoint[name]) for name in adjoint.keys() & {"least"}}
+    return state | adjoint | smaller

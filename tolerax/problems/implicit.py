@@ -83,7 +83,8 @@ class Fixed:
 
 class Solved(eqx.Module):
     """A state or adjoint solve: the vector, bounds on its error, the work and the outcome;
-    `rounding` is what rounding may have added to the residual, in the dual norm."""
+    `rounding` is what rounding may have added to the residual, in the dual norm; `memory` is what
+    linear solves have learned, if anything."""
 
     vector: Vector
     residual: Vector
@@ -93,6 +94,7 @@ class Solved(eqx.Module):
     status: Any
     estimates: dict[str, Array]
     rounding: Scalar | float = 0.0
+    memory: Any = None
 
 
 class Implicit(Problem):
@@ -183,6 +185,8 @@ class Implicit(Problem):
         at = Fixed(self, x)
         known = self.norm.constants(at, carry)
         state = self.norm.solve_state(at, known, carry.y, accuracy.state, effort)
+        if state.memory is not None:
+            known = eqx.tree_at(lambda k: k.memory, known, state.memory)
         y, r = state.vector, state.residual
         j, g_y = jax.value_and_grad(at.cost)(y)
         # A hopeless point needs no adjoint: the guess is good enough to say so.
