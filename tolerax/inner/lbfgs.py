@@ -31,8 +31,9 @@ def inverse_product(
 ) -> Float[Array, " n"]:
     """`H z` on the free variables, with `H` the L-BFGS inverse Hessian there (0 elsewhere).
 
-    Pairs are restricted to the free variables; those without positive curvature there are left out.
-    With an empty memory this is `z`.
+    Pairs are restricted to the free variables; those that keep less than a fifth of their curvature
+    there are left out: what is left of it is a difference of larger parts, and its inverse would
+    make long steps of it. With an empty memory this is `z`.
     """
     memory = pairs.s.shape[0]
     order = (pairs.count - 1 - jnp.arange(memory)) % memory  # newest first
@@ -40,6 +41,7 @@ def inverse_product(
     sy, yy = jnp.sum(s * y, axis=1), jnp.sum(y * y, axis=1)
     floor = 10 * jnp.finfo(z.dtype).eps * jnp.sqrt(jnp.sum(s * s, axis=1) * yy)
     usable = (jnp.arange(memory) < pairs.count) & (sy > floor)
+    usable = usable & (sy >= 0.2 * jnp.sum(pairs.s[order] * pairs.y[order], axis=1))
     rho = jnp.where(usable, 1 / jnp.where(usable, sy, 1), 0)
     z = jnp.where(free, z, 0)
 
