@@ -17,5 +17,6 @@ from tolerax.inner.multigrid import Multigrid as Multigrid
 from tolerax.inner.positive_bases import cosine_measure as cosine_measure
 from tolerax.inner.positive_bases import positive_basis as positive_basis
 from tolerax.inner.positive_bases import rotation as rotation
+from tolerax.inner.recycled import Recycled as Recycled
 from tolerax.inner.roots import NewtonKrylov as NewtonKrylov
 from tolerax.inner.spectral import Laplacian as Laplacian

@@ -254,8 +254,8 @@ class NewtonCG(Minimizer):
         seen = (nothing, nothing, nothing + jnp.inf, largest, lower.memory)
         start = (y, h, r, t, a, zero, zero + 1, zero, zero, *seen)
         end = jax.lax.while_loop(unfinished, newton, start)
-        y, h, r, t, a, _, gradients, products, stuck, third, bent, *seen = end
-        curvature, largest, memory = seen
+        y, h, r, t, a, _, gradients, products, stuck, third, bent = end[:11]
+        curvature, largest, memory = end[11:]
         finite = jnp.isfinite(h) & jnp.all(jnp.isfinite(r))
         # Where h is not a number its gradient may well be one.
         t = jnp.where(finite, t, jnp.inf)

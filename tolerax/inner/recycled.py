@@ -4,14 +4,14 @@ For a symmetric A with a diagonal lower bound D the matrix
 
     P = D + L L'        L of low rank, L L' close to A - D on its range
 
-has `P <= top D <= top A`, with `top` the largest eigenvalue of `D^-1 P`. So 1 / top is a floor under
-the spectrum of `P^-1 A` *whatever* L is: Gauss-Radau bounds stay rigorous when L was learned from
-another matrix, as those of earlier Newton steps and of earlier hyperparameters are. What the low
-floor costs is a few iterations, as a factor 1 / top in the bound is worth log(top) of them.
+has `P <= top D <= top A`, with `top` the largest eigenvalue of `D^-1 P`. So 1 / top is a floor
+under the spectrum of `P^-1 A` *whatever* L is: Gauss-Radau bounds stay rigorous when L was learned
+from another matrix, as those of earlier Newton steps and of earlier hyperparameters are. The low
+floor costs few iterations: a preconditioned solve soon makes good for a factor in the bound.
 
-L is updated as in block BFGS, from directions p of a solve and their products A p (Morales and
-Nocedal, *SIAM Journal on Optimization* 10, 2000, precondition by L-BFGS pairs of earlier solves; the
-Nystroem form of `A - D` is ours): on the new directions it becomes exact, elsewhere it stays.
+L is updated as in block BFGS, from directions p of a solve and their products A p: on the new
+directions it becomes exact, elsewhere it stays. Morales and Nocedal (*SIAM Journal on Optimization*
+10, 2000) precondition by L-BFGS pairs of earlier solves; the form on `A - D` is ours.
 """
 
 import equinox as eqx
@@ -72,9 +72,7 @@ class Recycled(eqx.Module):
         z = r / self.diagonal
         return z - (self.factor @ ((self.factor.T @ z) / (1 + self.weights))) / self.diagonal
 
-    def learned(
-        self, p: Float[Array, "pairs n"], ap: Float[Array, "pairs n"]
-    ) -> "Recycled":
+    def learned(self, p: Float[Array, "pairs n"], ap: Float[Array, "pairs n"]) -> "Recycled":
         """With `P p = A p` for these directions, and the least of the old weights forgotten.
 
         Rows of zeros are left out.

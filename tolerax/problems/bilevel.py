@@ -87,10 +87,11 @@ class Bilevel(Problem):
     - `lower_solver`: [`NewtonCG`][], [`LBFGS`][] or [`AcceleratedGradient`][] of `tolerax.inner`.
     - `adjoint_solver`: [`CG`][].
     - `preconditioner`: callable (y, x) -> pytree like y, a diagonal that resembles H.
-    - `recycle`: rank of a preconditioner that is learned from the linear solves of a run, `D + L L'`
-      with D the strong convexity (see [`Recycled`][]): worth its memory where the Hessian
-      exceeds D by far along a modest number of directions. The carry holds `recycle` vectors like
-      y. 0 for none; not together with `preconditioner`, and not in the Euclidean norm.
+    - `recycle`: rank of a preconditioner that is learned from the linear solves of a run, of the
+      form `D + L L'` with D the strong convexity (see `tolerax.inner.Recycled`): worth its memory
+      where the Hessian exceeds D by far along a modest number of directions. The carry holds
+      `recycle` vectors like y. 0 for none; not together with `preconditioner`, and without effect
+      in the Euclidean norm.
     - `norm`: `"energy"`, or `"euclidean"` for the bounds as published (MAID, arXiv 2308.10098),
       which are kept for comparisons.
 

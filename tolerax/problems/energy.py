@@ -27,8 +27,8 @@ PAIRS = 16  # directions of a linear solve that the next ones learn from
 
 
 class Known(eqx.Module):
-    """The constants at one x: bound D on the Hessian, self-concordance M, estimates; and what linear
-    solves have learned, if they do."""
+    """The constants at one x: bound D on the Hessian, self-concordance M, estimates; and what
+    linear solves have learned, if they do."""
 
     lower_bound: Vector
     self_concordance: Scalar
