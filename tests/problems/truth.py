@@ -64,6 +64,7 @@ def small_cleaning(seed=0, **options):
 MAKE = {
     "quadratic": lambda **options: library.quadratic(n=40, d=5, **options),
     "penalties": small_penalties,
+    "recycled": lambda **options: small_penalties(**({"recycle": 4} | options)),
     "variation": lambda **options: library.tv_denoising(size=8, pictures=1, **options),
     "experts": lambda **options: library.field_of_experts(
         size=8, pictures=1, filters=2, width=3, **options
@@ -132,7 +133,7 @@ def exact(name: str) -> Exact:
 def some_x(name, rng):
     """Hyperparameters as a solver meets them."""
     x0 = exact(name).x0
-    if name == "penalties":
+    if name in ("penalties", "recycled"):
         return rng.choice([-2.0, -5.0]) + 1.5 * rng.normal(size=x0.shape)
     if name == "variation":
         return np.array([rng.uniform(-6, 0), rng.uniform(-4, 0)])
