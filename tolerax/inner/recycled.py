@@ -27,7 +27,6 @@ class Recycled(eqx.Module):
 
     - `diagonal`: D. `factor`: L, shape `(n, rank)`, columns in falling order of their `weights`,
       the eigenvalues of `L' D^-1 L`; 0 where a column is not used.
-    - `floor`: a lower bound on the eigenvalues of `P^-1 A` for every A >= D.
     - `pairs`: how many directions of a solve to learn from.
 
     >>> import jax.numpy as jnp
@@ -62,6 +61,7 @@ class Recycled(eqx.Module):
 
     @property
     def floor(self) -> Scalar:
+        """A lower bound on the eigenvalues of `P^-1 A` for every A >= D: 1 / top, less rounding."""
         # Columns of D^-1/2 L are orthogonal up to eps times the ratio of their weights.
         slack = 16 * jnp.sqrt(jnp.finfo(self.diagonal.dtype).eps)
         top = 1 + self.weights[0]
