@@ -77,7 +77,7 @@ class ConsensusHopping(Solver):
     - `retract`: maps every point back to a set, for instance [`Sphere`][].
     - `accuracy`: what is asked of problems whose values are not exact; the upper end of the
       interval of a value is its energy.
-    - `sharding`: a `NamedSharding` of the leading axis of the particles.
+    - `sharding`: a `NamedSharding` of the leading axis of the particles, as of [`CBO`][].
 
     Source: Riedl, Klock, Geldhauser, Fornasier, *Gradient is all you need?* (arXiv 2306.09778);
     the path: cumulative step-size adaptation as in Hansen, *The CMA evolution strategy: a tutorial*
