@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tolerax
 from tolerax import CBO, Objective
-from tolerax.inner.particles import blocks_of, total
+from tolerax.inner.particles import blocks_of, total, weighted_mean
 from tolerax.solvers import (
     Anisotropic,
     Covariance,
@@ -215,9 +216,35 @@ def test_an_ensemble_that_does_not_fit_is_named():
 
 
 def test_block_sums_are_sums():
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-    mesh = jax.make_mesh((1,), ("particles",), axis_types=(AxisType.Auto,))
-    over = NamedSharding(mesh, PartitionSpec("particles"))
+    over = on_one_device()
     np.testing.assert_allclose(total(X, over), np.sum(X, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(weighted_mean(E, X, over), E @ X / E.sum(), rtol=1e-12)
     assert [blocks_of(n) for n in (64, 100, 7, 1000)] == [64, 4, 1, 8]
+
+
+def on_one_device():
+    mesh = jax.make_mesh((1,), ("particles",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec("particles"))
+
+
+def test_particles_that_are_spread_move_as_others():
+    """The blocks are those of any number of devices, so one shows what they compute."""
+    problem = Objective(lambda x: jnp.where(x[0] > 0.5, jnp.nan, jnp.sum((x - 0.2) ** 2)))
+    fields = {"particles": 64, "consensus": SoftConsensus()}
+    runs = [
+        tolerax.solve(problem, CBO(**fields, sharding=over), jnp.zeros(3), max_steps=5)
+        for over in (None, on_one_device())
+    ]
+    one, other = (run.state.solver_state.x for run in runs)
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert int(runs[0].work.points) == int(runs[1].work.points) == 5 * 64
+    assert int(runs[0].state.failures) == int(runs[1].state.failures) > 0
+
+
+def test_particles_that_cannot_be_spread_evenly_are_named():
+    class Three(NamedSharding):
+        num_devices = 3
+
+    over = on_one_device()
+    with pytest.raises(ValueError, match="particles is 100, but sharding has 3 devices"):
+        CBO(sharding=Three(over.mesh, over.spec))

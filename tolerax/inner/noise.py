@@ -20,7 +20,9 @@ from jaxtyping import Array, Float32, Int, PRNGKeyArray, UInt32
 TURNS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
 BLOCKS = 64
-APART = 100  # from so many numbers on, they are drawn before they are used
+# From so many numbers on they are drawn before they are used, and from so many on they would need
+# memory of their own.
+APART, LARGE = 100, 10**7
 
 
 def blocks_of(count: int) -> int:
@@ -99,7 +101,7 @@ def normal(key: PRNGKeyArray, x: Array, over: NamedSharding | None = None) -> Ar
         raise ValueError(f"x has {size} entries: at most 2^32 random numbers are drawn at once.")
     if over is not None:
         return _in_blocks(key, x, over).astype(x.dtype)
-    if size < APART or size % 2:
+    if size < APART or size > LARGE or size % 2:
         return _whole(size)(key).reshape(x.shape).astype(x.dtype)
     drawn = jax.lax.platform_dependent(key, cpu=_halves(size), default=_whole(size))
     return drawn.reshape(x.shape).astype(x.dtype)

@@ -37,15 +37,7 @@ def total(x: Float[Array, "n *rest"], sharding: NamedSharding | None = None) -> 
     """The sum over the rows, in blocks."""
     if sharding is None:
         return jnp.sum(x, axis=0)
-    size = x.shape[0] // blocks_of(x.shape[0])
-
-    def local(x: Array) -> Array:
-        blocks = x.reshape(-1, size, *x.shape[1:])
-        return jax.lax.map(lambda block: jnp.sum(block, axis=0), blocks)
-
-    spec = sharding.spec
-    parts = jax.shard_map(local, mesh=sharding.mesh, in_specs=spec, out_specs=spec)(x)
-    return jnp.sum(replicated(parts, sharding), axis=0)
+    return _summed(lambda x: jnp.sum(x, axis=0), sharding, x)
 
 
 def weighted_mean(
@@ -54,7 +46,21 @@ def weighted_mean(
     """`sum_i w_i x_i / sum_i w_i`."""
     if sharding is None:
         return (w @ x) / jnp.sum(w)
-    return total(w[:, None] * x, sharding) / jnp.sum(w)
+    return _summed(lambda w, x: jnp.sum(w[:, None] * x, axis=0), sharding, w, x) / jnp.sum(w)
+
+
+def _summed(sums: Callable[..., Array], sharding: NamedSharding, *rows: Array) -> Array:
+    """The sum of `sums` of all blocks. Inside the loop over them, code is the same whatever the
+    number of devices."""
+    size = rows[0].shape[0] // blocks_of(rows[0].shape[0])
+
+    def local(*rows: Array) -> Array:
+        blocks = [leaf.reshape(-1, size, *leaf.shape[1:]) for leaf in rows]
+        return jax.lax.map(lambda block: sums(*block), blocks)
+
+    spec = sharding.spec
+    parts = jax.shard_map(local, mesh=sharding.mesh, in_specs=spec, out_specs=spec)(*rows)
+    return jnp.sum(replicated(parts, sharding), axis=0)
 
 
 def when(

@@ -205,7 +205,7 @@ class CBO(Solver):
             return eqx.error_if(x, outside, "ensemble has particles outside the bounds.")
         uniform, gaussian = jax.random.split(key)
         sigma = ravel_pytree(self._spread_like(start.x))[0]
-        around = x0[None] + sigma[None] * jax.random.normal(gaussian, (n, d), x0.dtype)
+        around = x0[None] + sigma[None] * normal(gaussian, jnp.zeros((n, d), x0.dtype))
         low, high = (jnp.where(bounded, side, 0) for side in (box.lower, box.upper))
         within = low[None] + (high - low)[None] * jax.random.uniform(uniform, (n, d), x0.dtype)
         x = jnp.where(bounded, within, around)
