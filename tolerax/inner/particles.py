@@ -46,7 +46,8 @@ def weighted_mean(
     """`sum_i w_i x_i / sum_i w_i`."""
     if sharding is None:
         return (w @ x) / jnp.sum(w)
-    return _summed(lambda w, x: jnp.sum(w[:, None] * x, axis=0), sharding, w, x) / jnp.sum(w)
+    mean = _summed(lambda w, x: jnp.sum(w[:, None] * x, axis=0), sharding, w, x)
+    return mean / total(w, sharding)
 
 
 def _summed(sums: Callable[..., Array], sharding: NamedSharding, *rows: Array) -> Array:
