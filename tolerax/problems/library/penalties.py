@@ -88,8 +88,6 @@ def digits_penalties(
     ((64, 10), (963, 64), (359, 64))
     """
     options = {"bounds": (-12.0, 12.0)} | options
-    if options.get("preconditioner") is None:
-        options = {"recycle": 128} | options
     data = digits_split(seed, dtype=dtype)
     upper, lower = ValidationLoss(data.validation), PenalizedLoss(data.train)
     smoothness = None
