@@ -121,8 +121,8 @@ def test_what_a_problem_has_by_default():
 
 def test_success_is_convergence_only():
     successful = [name for name in Status._name_to_item if is_success(getattr(Status, name))]
-    assert successful == ["converged", "converged_estimated", "consensus"]
-    assert len(CONVERGED) == 3
+    assert successful == ["converged", "converged_estimated", "consensus", "sampled"]
+    assert len(CONVERGED) == 4
     batch = jax.vmap(lambda ok: Status.where(ok, Status.converged, Status.budget))(
         jnp.array([True, False])
     )
