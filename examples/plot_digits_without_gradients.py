@@ -71,7 +71,8 @@ def advance(state, key):
     return jax.lax.fori_loop(0, STEPS, step, state)
 
 
-seen = [(accuracy(weights, train_x, train_y), accuracy(weights, test_x, test_y))]
+trained = weights
+seen = [(accuracy(trained, train_x, train_y), accuracy(trained, test_x, test_y))]
 for r in range(ROUNDS):
     state = advance(state, jax.random.fold_in(key, r))
     trained = state.box.unravel(state.x)

@@ -316,10 +316,10 @@ class Start:
 class Solver(eqx.Module):
     """A solver is immutable configuration; what evolves lives in a state (a pytree of arrays).
 
-    Four methods make a solver. Four more have defaults: `check` looks at options and start before
-    anything is compiled, `verify` re-checks the stopping criterion on a fresh evaluation of the
-    returned point, `work` counts what `tell` did with operators, `record` names scalars for the
-    history.
+    Four methods make a solver. Five more have defaults: `check` looks at options and start before
+    anything is compiled, `evaluated` may say where an answer is computed, `verify` re-checks the
+    stopping criterion on a fresh evaluation of the returned point, `work` counts what `tell` did
+    with operators, `record` names scalars for the history.
     """
 
     @abc.abstractmethod
