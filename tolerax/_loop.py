@@ -1,5 +1,6 @@
 """The compiled loop: ask, evaluate and tell, with the best point, the history and the status."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from tolerax._packing import Table, choose, packing
 from tolerax.contracts import Evaluation, Problem, Query, Solver, Start, Work, tree_all_finite
+from tolerax.inner.particles import by_blocks
 from tolerax.progress import report_from_compiled
 from tolerax.solution import Best, History, Run, empty_history
 from tolerax.status import PointStatus, Status, is_failed, is_success
@@ -93,10 +95,15 @@ def ask(solver: Solver, run: Run, limits: dict[str, Array]) -> Query:
     effort = query.effort
     if effort is not None:
         effort = jnp.full_like(effort, jnp.iinfo(effort.dtype).max)
-    again = Query(
-        again_x, query.accuracy, again_carry, again_mask, query.derivatives, cutoff, effort
+    again = dataclasses.replace(
+        query, x=again_x, carry=again_carry, mask=again_mask, cutoff=cutoff, effort=effort
     )
     return jax.tree.map(lambda a, q: jnp.where(run.verifying, a, q), again, query)
+
+
+def evaluated(problem: Problem, query: Query) -> Evaluation:
+    """The answer of a problem that is compiled."""
+    return problem.evaluate(query) if query.sharding is None else by_blocks(problem, query)
 
 
 def _affordable(run: Run, mask: Array, limits: dict[str, Array]) -> Array:
@@ -295,7 +302,7 @@ def advance(
     def body(packed: Any) -> Any:
         run = eqx.combine(unpack(packed), static)
         query = ask(solver, run, limits)
-        run = tell(solver, run, query, solver.evaluated(problem, query))
+        run = tell(solver, run, query, evaluated(problem, query))
         if meter is not None:
             report_from_compiled(meter, 20, run.step, scalars(run))
         return pack(eqx.filter(run, eqx.is_array))
@@ -311,7 +318,7 @@ def one(
     problem: Problem, solver: Solver, run: Run, limits: dict[str, Array]
 ) -> tuple[Run, Query, Evaluation]:
     query = ask(solver, run, limits)
-    evaluation = solver.evaluated(problem, query)
+    evaluation = evaluated(problem, query)
     return tell(solver, run, query, evaluation), query, evaluation
 
 

@@ -1,8 +1,7 @@
 """A run in few arrays, for the compiled loop.
 
-A run has some fifty scalars, and each would be a kernel of its own in every step: on a CPU that
-takes longer than a step of a hundred particles. Packed by type, they are written by a kernel each
-type.
+A run has some fifty scalars, and each would be a kernel of its own in every step. Packed by type,
+they are written by a kernel each type.
 """
 
 from collections.abc import Callable

@@ -16,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from tolerax.status import PointStatus, Status
@@ -167,6 +168,8 @@ class Query(eqx.Module):
     - `effort`: after about this much work (`Work.units`) the evaluation may stop where it is, with
       bounds that are true, and `PointStatus.inaccurate` if its state is not solved. `None` for no
       limit.
+    - `sharding`: over which devices the points of a batch are spread; each evaluates what it holds
+      in blocks of fixed size. Static.
     """
 
     x: PyTree[Float[Array, "..."]]
@@ -176,6 +179,7 @@ class Query(eqx.Module):
     derivatives: int = eqx.field(static=True, default=1)
     cutoff: Float[Array, ""] | None = None
     effort: Int[Array, ""] | None = None
+    sharding: NamedSharding | None = eqx.field(static=True, default=None)
 
 
 class Evaluation(eqx.Module):
@@ -316,10 +320,10 @@ class Start:
 class Solver(eqx.Module):
     """A solver is immutable configuration; what evolves lives in a state (a pytree of arrays).
 
-    Four methods make a solver. Five more have defaults: `check` looks at options and start before
-    anything is compiled, `evaluated` may say where an answer is computed, `verify` re-checks the
-    stopping criterion on a fresh evaluation of the returned point, `work` counts what `tell` did
-    with operators, `record` names scalars for the history.
+    Four methods make a solver. Four more have defaults: `check` looks at options and start before
+    anything is compiled, `verify` re-checks the stopping criterion on a fresh evaluation of the
+    returned point, `work` counts what `tell` did with operators, `record` names scalars for the
+    history.
     """
 
     @abc.abstractmethod
@@ -329,10 +333,6 @@ class Solver(eqx.Module):
     @abc.abstractmethod
     def ask(self, state: State) -> Query:
         """What to evaluate next."""
-
-    def evaluated(self, problem: Problem, query: Query) -> Evaluation:
-        """The problem's answer, for a solver that has a say in where it is computed."""
-        return problem.evaluate(query)
 
     @abc.abstractmethod
     def tell(self, state: State, query: Query, evaluation: Evaluation) -> State:

@@ -291,9 +291,6 @@ class AtMost(Solver):
     def ask(self, state: State) -> Query:
         return self.solver.ask(state[0])
 
-    def evaluated(self, problem: Problem, query: Query) -> Evaluation:
-        return self.solver.evaluated(problem, query)
-
     def tell(self, state: State, query: Query, evaluation: Evaluation) -> State:
         return self.solver.tell(state[0], query, evaluation), state[1] + 1
 

@@ -64,7 +64,7 @@ class Entry:
         return self.fields.get(status, {})
 
     def solver(self, dtype: Any = jnp.float64, **fields: Any) -> Solver:
-        """The solver with its float fields as arrays, as `minimize` passes them on: one compilation
+        """The solver with its float fields as arrays, as `solve` passes them on: one compilation
         serves all tolerances."""
 
         def array(leaf: Any) -> Any:

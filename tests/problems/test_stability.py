@@ -18,7 +18,7 @@ import pytest
 
 import tolerax
 from tolerax import Accuracy, PDEConstrained, Query
-from tolerax.inner import BiCGStab, Laplacian
+from tolerax.inner import BiCGStab, Laplacian, NewtonKrylov
 from tolerax.problems import CrossBounds, Stability
 from tolerax.status import PointStatus
 
@@ -145,13 +145,18 @@ def test_estimated_constants_are_labelled_and_bound_here(case, riesz):
 
 
 def test_the_state_is_known_from_far_only_where_stability_holds_everywhere():
-    query = Query(CONTROL, Accuracy(1e-6, 1e-8))
-    far = eqx.tree_at(lambda p: p.y0, problem("semilinear"), jnp.full((N, N), 100.0))
-    found = evaluate(far, query)
-    assert found.status == PointStatus.ok
-    local = problem("semilinear", monotone=False)
-    # Newton-Kantorovich: 2 L |r| <= c^2 or nothing is known; here the start is good enough.
-    assert evaluate(local, query).status == PointStatus.ok
+    far, curvature = jnp.full(N * N, 100.0), 6 * Y * LAM**-1.5
+    flat = lambda y: semilinear(y.reshape(N, N), CONTROL).reshape(-1)  # noqa: E731
+    stay = NewtonKrylov(max_steps=0)
+    known = {"stability": 1.0, "curvature": curvature, "preconditioner": LAPLACIAN.flat()}
+    everywhere = stay(flat, far, 1e-6, everywhere=True, **known)
+    y = truth(semilinear)[0]
+    assert r_norm(far.reshape(N, N) - y) <= float(everywhere.distance) < np.inf
+    # Newton-Kantorovich: 2 L |r| <= c^2, or nothing is known.
+    assert float(stay(flat, far, 1e-6, **known).distance) == np.inf
+    # From there the solver still finds the state.
+    away = eqx.tree_at(lambda p: p.y0, problem("semilinear"), far.reshape(N, N))
+    assert evaluate(away, Query(CONTROL, Accuracy(1e-6, 1e-8))).status == PointStatus.ok
 
 
 def test_another_linear_solver_does_as_well():

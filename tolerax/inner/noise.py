@@ -1,8 +1,8 @@
 """Random numbers that cost little on a CPU: those of `jax.random`, bit for bit, but compiled well.
 
 `jax.random` hashes counters in a loop of five rounds that XLA cannot fuse, for the shortest key as
-for the longest array. Written out, the same hash takes a third of the time and becomes part of what
-uses it. Numbers belong to their position in the array: where the array lies does not matter.
+for the longest array. Written out, the same hash becomes part of what uses it. Numbers belong to
+their position in the array: where the array lies does not matter.
 
 The hash is Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror, Shaw, *Parallel random numbers: as
 easy as 1, 2, 3*, SC 2011).

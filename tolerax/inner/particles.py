@@ -83,13 +83,15 @@ def when(
     return jax.lax.while_loop(lambda carry: carry[0], once, (flag, x))[1]
 
 
-def by_blocks(problem: Problem, query: Query, sharding: NamedSharding) -> Evaluation:
-    """The answer to a batch, of which every device evaluates what it holds block by block.
+def by_blocks(problem: Problem, query: Query) -> Evaluation:
+    """The answer to a batch with a `sharding`: every device evaluates what it holds, in blocks.
 
     Compiled code may round differently for batches of different length: blocks always have the
     same one.
     """
+    sharding = query.sharding
     assert query.mask is not None
+    assert sharding is not None
     size = query.mask.shape[0] // blocks_of(query.mask.shape[0])
     asked, rest = eqx.partition(query, eqx.is_array)
     problem_arrays, problem_rest = eqx.partition(problem, eqx.is_array)

@@ -16,8 +16,7 @@ class Laplacian(eqx.Module):
     """`A = -Laplace` by second differences on a regular grid of any dimension, and `(A + s)^-1`.
 
     Solves are exact up to rounding: the eigenvectors of every axis are known, and a transform is a
-    product with their matrix, which for up to about 256 points an axis is as fast as an FFT on a
-    CPU and is what accelerators do best.
+    product with their matrix, which costs n^(d+1) operations for n points along each of d axes.
 
     - `shape`: unknowns along every axis.
     - `spacing`: the distance of neighbours, one number or one an axis; by default that of the unit

@@ -13,9 +13,9 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from tolerax.contracts import Accuracy, Evaluation, Problem, Query, Solver, Start
+from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.noise import fold_in, normal, uniform
-from tolerax.inner.particles import blocks_of, by_blocks, distributed, replicated, total, when
+from tolerax.inner.particles import blocks_of, distributed, replicated, total, when
 from tolerax.solvers._common import Box, select
 from tolerax.solvers.consensus import Agreement, Anisotropic, Consensus, HardMinimum, Noise
 from tolerax.status import PointStatus, Status
@@ -261,19 +261,16 @@ class CBO(Solver):
         return jax.vmap(self._feasible(state.box))(points)
 
     def ask(self, state: CBOState) -> Query:
-        x = distributed(self._asked(state), self.sharding if self.batch is None else None)
+        over = self.sharding if self.batch is None else None
+        x = distributed(self._asked(state), over)
         each = lambda t: jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])  # noqa: E731
         return Query(
             jax.vmap(state.box.unravel)(x),
             Accuracy(each(self.accuracy.state), each(self.accuracy.adjoint)),
             mask=jnp.ones(x.shape[0], bool),
             derivatives=0 if self.gradient is None else 1,
+            sharding=over,
         )
-
-    def evaluated(self, problem: Problem, query: Query) -> Evaluation:
-        if self.sharding is None or self.batch is not None or problem.host:
-            return problem.evaluate(query)
-        return by_blocks(problem, query, self.sharding)
 
     # -- tell -------------------------------------------------------------------------------------
 

@@ -81,8 +81,8 @@ def digits_penalties(
     The smoothness of the upper level is estimated unless `prove_smoothness`: the proved Euclidean
     constant ½ σ_max(A)²/n is divided by min exp(x) when it is used, which becomes tiny as penalties
     are learned. Useful weights want no penalty at all, so that without bounds x runs to -inf:
-    it is kept in [−12, 12] (HOAG's code keeps it in [−6, 6]). Few of the eigenvalues of the Hessian
-    over exp(x) are large, so that a `recycle` of 128 saves most products; bounds get looser by it.
+    it is kept in [−12, 12] (HOAG's code keeps it in [−6, 6]). A preconditioner of rank 128 is
+    learned (`recycle`), which saves products and makes bounds looser.
 
     >>> p = digits_penalties(seed=0)
     >>> p.x0.shape, p.data.train.features.shape, p.data.test.features.shape
