@@ -9,11 +9,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from tolerax._packing import Table, choose, packing
-from tolerax.contracts import Evaluation, Problem, Query, Solver, Start, Work, tree_all_finite
+from tolerax.contracts import (
+    Accuracy,
+    Evaluation,
+    Problem,
+    Query,
+    Solver,
+    Start,
+    Work,
+    tree_all_finite,
+)
 from tolerax.inner.particles import by_blocks
 from tolerax.progress import report_from_compiled
 from tolerax.solution import Best, History, Run, empty_history
 from tolerax.status import PointStatus, Status, is_failed, is_success
+from tolerax.validation import bounds_like
 
 MAX_HISTORY = 4096
 
@@ -32,7 +42,14 @@ def begin(
     def answer(query: Query) -> PyTree:
         return eqx.filter_eval_shape(problem.evaluate, query)
 
-    state = solver.init(Start(x0, bounds, carry, key, answer))
+    limits = problem.constraint_bounds
+    if limits is not None:
+        nothing = jnp.zeros(())
+        first = answer(Query(x0, Accuracy(nothing, nothing), carry, derivatives=0))
+        limits = bounds_like(
+            limits, first.constraints, name="constraint_bounds", of="the constraints"
+        )
+    state = solver.init(Start(x0, bounds, carry, key, answer, limits))
     dtype = jax.tree.leaves(x0)[0].dtype
     inf = jnp.array(jnp.inf, dtype)
     # A solver asks for the same derivatives throughout, so the shape of the best point is known.
@@ -120,6 +137,11 @@ def _affordable(run: Run, mask: Array, limits: dict[str, Array]) -> Array:
 
 def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
     """The run after an answer, with the best point, the history and the status brought up."""
+    if evaluation.violation is not None and not solver.honours_constraints:
+        raise ValueError(
+            f"{type(solver).__name__} does not look at constraints, but the points of this problem "
+            "have a `violation`: use a solver that does, for instance `CBO`."
+        )
     checked = _check_claim(solver, run, query, evaluation)
     told = solver.tell(run.solver_state, query, evaluation)
     keep = run.verifying
@@ -172,7 +194,7 @@ def _note(
     feasible = candidate.violation <= solver.feasibility
     both = feasible & (best.violation <= solver.feasibility)
     better = jnp.where(both, lower | tie, candidate.violation < best.violation)
-    if evaluation.violation is not None:
+    if evaluation.violation is not None and query.mask is None:
         # A little infeasibility buys a lower value: the solver says which point it means.
         better = better | (claims & feasible)
     # A second look at the best point replaces what is known about it.

@@ -1,7 +1,7 @@
 """SciPy's arguments in this library's terms: start, bounds, and the function as a problem."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
+from tolerax._scipy_constraints import joined
 from tolerax.contracts import Problem
 from tolerax.problems.objective import Objective
 from tolerax.problems.python_code import DIFFERENCES
@@ -119,12 +120,15 @@ def in_float64(tree: Any) -> Any:
 # -- the problem ----------------------------------------------------------------------------------
 
 
-def given_problem(
-    problem: Problem, x: PyTree, args: tuple, jac: Any, bounds: Any, on_error: str | None
-) -> Problem:
+def is_empty(value: Any) -> bool:
+    """Whether an argument of SciPy's `minimize` says nothing."""
+    return value is None or (isinstance(value, Sequence | dict) and len(value) == 0)
+
+
+def given_problem(problem: Problem, x: PyTree, bounds: Any, others: dict[str, Any]) -> Problem:
     """A problem of this library, with bounds when it has none of its own."""
-    for name, value in {"args": args or None, "jac": jac, "on_error": on_error}.items():
-        if value is not None:
+    for name, value in others.items():
+        if not is_empty(value):
             raise ValueError(f"{name} is given, but fun is a problem: leave {name} out.")
     if bounds is None:
         return problem
@@ -189,6 +193,7 @@ def function_problem(
     args: tuple,
     jac: Any,
     bounds: Any,
+    constraints: Any,
     on_error: Any,
     may_difference: bool,
 ) -> tuple[Objective, Exception | None]:
@@ -204,24 +209,32 @@ def function_problem(
             f"{', '.join(map(repr, DIFFERENCES))}."
         )
     reason = None
+    within: dict[str, Any] = {}
+    if not is_empty(constraints):
+        together, limits = joined(constraints, x)
+        within = {"constraints": together, "constraint_bounds": limits}
     if not isinstance(jac, str):
         value = Function(*_held(fun, args), jac is True)
         derivative: Any = Gradient(*_held(jac, args)) if callable(jac) else jac
         reason = _why_not_traceable(value, x)
         if reason is None and callable(derivative):
             reason = _why_not_traceable(derivative, x)
+        if reason is None and within:
+            reason = _why_not_traceable(within["constraints"], x)
         if reason is None:
             if on_error is not None:
                 raise ValueError(
                     "on_error is given, but fun is compiled by JAX and cannot raise: leave it out."
                 )
-            return Objective(value, gradient=derivative, bounds=bounds), None
+            return Objective(value, gradient=derivative, bounds=bounds, **within), None
     value = Function(fun, args, jac is True)
     gradient: Any = Gradient(jac, args) if callable(jac) else jac
     if gradient is None and may_difference:
         gradient = "2-point"
     on_error = "raise" if on_error is None else on_error
-    problem = Objective(value, gradient=gradient, bounds=bounds, host=True, on_error=on_error)
+    problem = Objective(
+        value, gradient=gradient, bounds=bounds, host=True, on_error=on_error, **within
+    )
     return problem, reason
 
 

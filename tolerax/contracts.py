@@ -9,6 +9,7 @@ has the problem answer with an [`Evaluation`][], and the solver is told the answ
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -19,7 +20,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from tolerax.status import PointStatus, Status
+from tolerax.status import PointStatus, Status, is_failed
+from tolerax.validation import bounds_like
 
 Origin = Literal["given", "proved", "estimated"]
 State = Any
@@ -192,8 +194,9 @@ class Evaluation(eqx.Module):
     - `achieved`: the errors achieved in state and adjoint, in the units of the request.
     - `hessian`: an operator with `mv`, at this point. With constraints, `mv(vector, multipliers)`
       is a product with the Hessian of `value + <multipliers, constraints>`.
-    - `constraints`: constraint values; `jacobian`: their Jacobian operator, with `mv` and `rmv`;
-      `violation`: the largest violation (0 when feasible).
+    - `constraints`: constraint values, a pytree like `Problem.constraint_bounds`; `jacobian`: their
+      Jacobian operator, with `mv` and `rmv`, where gradients are asked for; `violation`: the
+      largest amount by which one is out of its bounds (0 when feasible).
     - `residuals`: r, where `value` is `|r|^2 / 2`; sums of squares give them whatever is asked.
       `residuals_jacobian`: their Jacobian operator, with `mv` and `rmv`.
     - `carry`: the warm start for the next query near this point.
@@ -260,6 +263,12 @@ class Problem(eqx.Module):
     def evaluate(self, query: Query) -> Evaluation:
         """Answer one query; failed points are marked in `status`, never raised."""
 
+    @property
+    def constraint_bounds(self) -> tuple[PyTree, PyTree] | None:
+        """A pair `(lower, upper)` for the constraints of its evaluations, scalars or pytrees like
+        them; where both are equal it is an equality constraint. `None`: there are none."""
+        return None
+
     def cold_start(self) -> PyTree:
         """The carry of a cold start: its structure is that of every `Evaluation.carry`."""
         return None
@@ -296,7 +305,8 @@ class Problem(eqx.Module):
 class Start:
     """What a solver is given to begin with.
 
-    - `x`: the start point; `bounds`: pair of pytrees like x, or `None`.
+    - `x`: the start point; `bounds`: pair of pytrees like x, or `None`; `constraint_bounds`: pair
+      of pytrees like the constraints, or `None`.
     - `carry`: the warm start of a cold start; `key`: a random key.
     - `answer(query)`: the shapes of the evaluation that a query would get, for solvers that have to
       reserve space for parts of it.
@@ -309,9 +319,11 @@ class Start:
         carry: PyTree,
         key: PRNGKeyArray,
         answer: Callable[[Query], PyTree],
+        constraint_bounds: tuple[PyTree, PyTree] | None = None,
     ):
         self.x = x
         self.bounds = bounds
+        self.constraint_bounds = constraint_bounds
         self.carry = carry
         self.key = key
         self.answer = answer
@@ -374,10 +386,50 @@ class Solver(eqx.Module):
         return False
 
     @property
+    def honours_constraints(self) -> bool:
+        """Whether it looks at `violation` (and `constraints`)."""
+        return False
+
+    @property
     def feasibility(self) -> ArrayLike:
         """The largest `violation` of a point that counts as feasible. A solver of problems with
         constraints gives its tolerance, and claims success when told about the point it means."""
         return 0.0
+
+
+def constrained(
+    evaluation: Evaluation,
+    constraints: PyTree[Float[Array, "..."]],
+    bounds: tuple[PyTree, PyTree],
+    *,
+    jacobian: Any = None,
+) -> Evaluation:
+    """An evaluation with constraint values and their `violation`, marked failed where one is not
+    finite. For a batch the constraints have its leading axis.
+
+    - `bounds`: pair of pytrees like the constraints at one point, or scalars.
+    """
+    value = evaluation.value
+    one = jax.tree.map(lambda c: jax.ShapeDtypeStruct(c.shape[value.ndim :], c.dtype), constraints)
+    lower, upper = bounds_like(bounds, one, name="constraint_bounds", of="the constraints")
+    violation, finite = jnp.zeros_like(value), jnp.ones(value.shape, bool)
+    for c, low, high in zip(*map(jax.tree.leaves, (constraints, lower, upper)), strict=True):
+        axes = tuple(range(value.ndim, c.ndim))
+        shape = (1,) * value.ndim + low.shape
+        low, high = low.reshape(shape), high.reshape(shape)
+        out = jnp.maximum(jnp.maximum(low - c, c - high), 0)
+        violation = jnp.maximum(violation, jnp.max(out, axis=axes, initial=0).astype(value.dtype))
+        finite &= jnp.all(jnp.isfinite(c), axis=axes)
+    spread = lambda flag: jnp.broadcast_to(flag, finite.shape)  # noqa: E731
+    where = jax.vmap(PointStatus.where) if finite.ndim else PointStatus.where
+    failed = jax.tree.map(spread, PointStatus.failed)
+    return dataclasses.replace(
+        evaluation,
+        constraints=constraints,
+        jacobian=jacobian,
+        violation=jnp.where(finite, violation, jnp.inf),
+        status=where(finite | is_failed(evaluation.status), evaluation.status, failed),
+    )
 
 
 def tree_all_finite(tree: PyTree) -> Bool[Array, ""]:
@@ -397,6 +449,7 @@ __all__ = [
     "Start",
     "Status",
     "Work",
+    "constrained",
     "exact_evaluation",
     "tree_all_finite",
 ]

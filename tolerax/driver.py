@@ -88,6 +88,11 @@ def solve(
             f"{type(solver).__name__} does not honour bounds: use a solver that does, or remove "
             "the bounds of the problem."
         )
+    if problem.constraint_bounds is not None and not solver.honours_constraints:
+        raise ValueError(
+            f"{type(solver).__name__} does not look at constraints: use a solver that does, for "
+            "instance `CBO`, or remove the constraints of the problem."
+        )
     meter = resolve(progress)
     limits = _limits(max_work)
     problem = problem.on(executor)

@@ -7,7 +7,7 @@ returns NumPy, and refuses what a method cannot honour instead of ignoring it.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -24,6 +24,7 @@ from tolerax._scipy import (
     given_problem,
     in_float64,
     inside,
+    is_empty,
     listed_as_vector,
     positive,
     start_vector,
@@ -121,6 +122,8 @@ def minimize(
       (central differences). With a string `fun` is always called as Python code.
     - `bounds`: a `scipy.optimize.Bounds` or one pair `(low, high)` a variable, `None` for no bound.
       Neither iterates nor finite differences leave them.
+    - `constraints`: dicts, `scipy.optimize.NonlinearConstraint` or `LinearConstraint`, one or a
+      list. A function that JAX can trace is differentiated by JAX, whatever its `jac`.
     - `hess`, `hessp`, `constraints`: refused by methods that cannot use them.
     - `tol`: the tolerance of the solver: the line searches stop when the Euclidean norm of the
       projected gradient plus its error bound is at most `tol`. Explicit options win.
@@ -216,18 +219,23 @@ def _minimize(
     may_difference: bool,
 ) -> Any:
     """The one adapter behind `minimize` and `scipy_method`."""
-    _refuse(solver, hess=hess, hessp=hessp, constraints=constraints)
+    _refuse(solver, hess=hess, hessp=hessp)
+    if not solver.honours_constraints:
+        _refuse(solver, constraints=constraints)
     solver, options = _configure(solver, options)
     args = args if isinstance(args, tuple) else (args,)
     with jax.enable_x64(True):
         on_error = options.pop("on_error", None)
         if isinstance(fun, Problem):
             x = jax.tree.map(functools.partial(as_float64, name="x0"), listed_as_vector(x0))
-            problem, reason = given_problem(fun, x, args, jac, bounds, on_error), None
+            given = {"args": args, "jac": jac, "on_error": on_error, "constraints": constraints}
+            problem, reason = given_problem(fun, x, bounds, given), None
         else:
             x = start_vector(x0)
             limits = bound_vectors(bounds, x.size)
-            problem, reason = function_problem(fun, x, args, jac, limits, on_error, may_difference)
+            problem, reason = function_problem(
+                fun, x, args, jac, limits, constraints, on_error, may_difference
+            )
         problem, solver = in_float64(problem), in_float64(solver)
         x = inside(x, problem.bounds)
         if all_fixed(x, problem.bounds):
@@ -314,6 +322,10 @@ class AtMost(Solver):
         return self.solver.feasibility
 
     @property
+    def honours_constraints(self) -> bool:
+        return self.solver.honours_constraints
+
+    @property
     def honours_bounds(self) -> bool:
         return self.solver.honours_bounds
 
@@ -349,8 +361,7 @@ class _Callback:
 
 def _refuse(solver: Solver, **given: Any) -> None:
     for name, value in given.items():
-        empty = value is None or (isinstance(value, Sequence | dict) and len(value) == 0)
-        if not empty:
+        if not is_empty(value):
             raise ValueError(
                 f"{name} is given, but {type(solver).__name__} cannot use it: leave {name} out or "
                 "choose a method that does."

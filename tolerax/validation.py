@@ -56,32 +56,49 @@ def check_start(x0: PyTree) -> PyTree:
 def check_bounds(
     bounds: tuple[PyTree, PyTree] | None, x0: PyTree, *, name: str = "bounds"
 ) -> tuple[PyTree, PyTree] | None:
-    """Bounds as a pair of pytrees like `x0`, or `None` when nothing is bounded."""
+    """Bounds as a pair of pytrees like `x0`, or `None` when nothing is bounded; x0 must lie within
+    them."""
     if bounds is None:
         return None
+    lower, upper = bounds_like(bounds, x0, name=name)
+    if is_concrete((lower, upper, x0)):
+        _check_inside(lower, upper, x0, name)
+    return lower, upper
+
+
+def bounds_like(
+    bounds: tuple[PyTree, PyTree], tree: PyTree, *, name: str = "bounds", of: str = "x0"
+) -> tuple[PyTree, PyTree]:
+    """Bounds as a pair of pytrees like `tree`, which is called `of`."""
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise TypeError(
-            f"{name} must be a pair (lower, upper) of pytrees like x0 or scalars, got {bounds!r}."
+            f"{name} must be a pair (lower, upper) of pytrees like {of} or scalars, got {bounds!r}."
         )
 
-    def like_x(side: PyTree, which: str) -> PyTree:
+    def alike(side: PyTree, which: str) -> PyTree:
         if side is None:
             raise ValueError(f"{name}: the {which} bound is None: use -inf or inf for no bound.")
         if jax.tree_util.all_leaves([side]) and jnp.ndim(side) == 0:
-            return jax.tree.map(lambda x: jnp.full_like(x, side), x0)
-        if jax.tree.structure(side) != jax.tree.structure(x0):
+            return jax.tree.map(lambda leaf: jnp.full(leaf.shape, side, leaf.dtype), tree)
+        if jax.tree.structure(side) != jax.tree.structure(tree):
             raise ValueError(
-                f"{name}: the {which} bound has structure {jax.tree.structure(side)}, x0 has "
-                f"{jax.tree.structure(x0)}: give a scalar or a pytree like x0."
+                f"{name}: the {which} bound has structure {jax.tree.structure(side)}, {of} has "
+                f"{jax.tree.structure(tree)}: give a scalar or a pytree like {of}."
             )
         try:
             return jax.tree.map(
-                lambda b, x: jnp.broadcast_to(jnp.asarray(b, x.dtype), x.shape), side, x0
+                lambda b, leaf: jnp.broadcast_to(jnp.asarray(b, leaf.dtype), leaf.shape), side, tree
             )
         except ValueError as error:
-            raise ValueError(f"{name}: the {which} bound does not fit x0: {error}") from error
+            raise ValueError(f"{name}: the {which} bound does not fit {of}: {error}") from error
 
-    lower, upper = like_x(bounds[0], "lower"), like_x(bounds[1], "upper")
+    lower, upper = alike(bounds[0], "lower"), alike(bounds[1], "upper")
+    check_order(lower, upper, name)
+    return lower, upper
+
+
+def check_order(lower: PyTree, upper: PyTree, name: str) -> None:
+    """Raise for bounds, two pytrees alike, that hold NaN or are the wrong way round."""
     if is_concrete((lower, upper)):
         for path, (low, high) in _pairs(lower, upper):
             if np.isnan(low).any() or np.isnan(high).any():
@@ -93,9 +110,6 @@ def check_bounds(
                     f"{name}{path}: the lower bound {low[at]} at index {at} is above the upper "
                     f"bound {high[at]}: swap or widen them."
                 )
-        if is_concrete(x0):
-            _check_inside(lower, upper, x0, name)
-    return lower, upper
 
 
 def _pairs(lower: PyTree, upper: PyTree) -> list:

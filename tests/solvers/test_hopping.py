@@ -134,10 +134,6 @@ def test_a_consensus_for_each_particle_is_refused():
 
 
 def test_constraints_are_refused():
-    state = ConsensusHopping(particles=3).init(
-        tolerax.Start(jnp.zeros(2), None, None, jax.random.key(0), lambda query: None)
-    )
-    query = ConsensusHopping(particles=3).ask(state)
-    answer = dataclasses.replace(SPHERE.evaluate(query), violation=jnp.zeros(3))
-    with pytest.raises(ValueError, match="violation"):
-        ConsensusHopping(particles=3).tell(state, query, answer)
+    problem = tolerax.Objective(SPHERE.fun, constraints=lambda x: x[0])
+    with pytest.raises(ValueError, match="ConsensusHopping does not look at constraints"):
+        tolerax.solve(problem, ConsensusHopping(particles=3), jnp.zeros(2))

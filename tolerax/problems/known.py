@@ -53,7 +53,7 @@ class Known:
         journal: str | os.PathLike[str] | None,
         counts: Counter,
     ):
-        self._about = (fun, wanted.gradient, wanted.bounds)
+        self._about = _about(fun, wanted)
         self._cache: dict[str, Row] | None = {} if cache else None
         self._poison: set[str] = set()
         self._asked: Counter = Counter()
@@ -62,7 +62,7 @@ class Known:
         self._journal = None
         if journal is None:
             return
-        identity = fingerprint((*self._about, code(fun)))
+        identity = fingerprint((*self._about, code(fun), code(wanted.constraints)))
         self._journal = Journal(journal, identity, fun)
         for record in self._journal.records:
             key, nth = record.get("key"), record.get("nth")
@@ -77,7 +77,7 @@ class Known:
 
     def is_about(self, fun: Callable, wanted: Wanted) -> bool:
         """Whether this is what `fun` gave, differentiated and bounded like that."""
-        same = zip(self._about, (fun, wanted.gradient, wanted.bounds), strict=True)
+        same = zip(self._about, _about(fun, wanted), strict=True)
         return all(one is other for one, other in same)
 
     def plan(self, points: Sequence[PyTree], wanted: Wanted) -> Plan:
@@ -134,6 +134,10 @@ class Known:
             self._journal.close()
 
 
+def _about(fun: Callable, wanted: Wanted) -> tuple:
+    return fun, wanted.gradient, wanted.bounds, wanted.constraints
+
+
 def name(x: PyTree, wanted: Wanted) -> str:
     """A digest of every bit of the point, and of what is wanted there."""
     leaves, structure = jax.tree.flatten(x)
@@ -181,6 +185,8 @@ def _encoded(ticket: Ticket, row: Row) -> dict[str, Any]:
         record["gradient"] = [base64.b64encode(np.asarray(g).tobytes()).decode() for g in leaves]
     if row.error:
         record["error"] = row.error
+    if row.constraints is not None:
+        record["constraints"] = [float(c).hex() for c in row.constraints]
     return record
 
 
@@ -202,7 +208,12 @@ def _decoded(record: dict[str, Any], x: PyTree, wanted: Wanted) -> Row:
                 for g, leaf in parts
             ]
             gradient = jax.tree.unflatten(structure, gradient)
-        return Row(numbers[0], numbers[1], gradient, numbers[2], calls, outcome, error)
+        constraints = None
+        if "constraints" in record:
+            constraints = np.array([float.fromhex(c) for c in record["constraints"]])
+            if constraints.size != wanted.constraint_count:
+                raise ValueError("constraints")
+        return Row(numbers[0], numbers[1], gradient, numbers[2], calls, outcome, error, constraints)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _not_a_row(error) from error
 

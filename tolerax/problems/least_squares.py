@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from tolerax.contracts import Evaluation, Problem, Query, Work, exact_evaluation
-from tolerax.problems.objective import HessianOf
+from tolerax.problems.objective import HessianOf, JacobianOf
 from tolerax.validation import is_concrete
 
 logger = logging.getLogger("tolerax")
@@ -45,21 +45,6 @@ class Residuals(eqx.Module):
     def value(self, x: PyTree) -> Float[Array, ""]:
         """`|r|^2 / 2`."""
         return 0.5 * jnp.sum(jnp.square(self(x)))
-
-
-class JacobianOf(eqx.Module):
-    """Products with the Jacobian of a vector-valued function at a point, and with its transpose."""
-
-    fun: Callable
-    x: PyTree
-
-    def mv(self, vector: PyTree) -> Float[Array, " m"]:
-        """The Jacobian times `vector`, a pytree like x."""
-        return jax.jvp(self.fun, (self.x,), (vector,))[1]
-
-    def rmv(self, vector: Float[Array, " m"]) -> PyTree:
-        """The transposed Jacobian times `vector`."""
-        return jax.vjp(self.fun, self.x)[1](vector)[0]
 
 
 class LeastSquares(Problem):

@@ -1,5 +1,6 @@
 """A plain function of x: values and gradients without error."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,28 +17,50 @@ from tolerax.contracts import (
     Provenance,
     Query,
     Work,
+    constrained,
     exact_evaluation,
 )
 from tolerax.problems.python_code import DIFFERENCES, Row, Wanted, failed, like, rounding
 from tolerax.problems.workers import Workers
 from tolerax.status import PointStatus
-from tolerax.validation import is_concrete
+from tolerax.validation import check_order, is_concrete
 
 
 class HessianOf(eqx.Module):
-    """Hessian products of a function at a point, by forward over reverse differentiation."""
+    """Hessian products of a function at a point, or of a function plus constraints weighted by
+    multipliers, by forward over reverse differentiation."""
 
     fun: Callable
     x: PyTree
     with_gradient: bool = eqx.field(static=True, default=False)
+    constraints: Callable | None = None
 
-    def mv(self, vector: PyTree) -> PyTree:
-        """The Hessian times `vector`."""
+    def mv(self, vector: PyTree, multipliers: PyTree = None) -> PyTree:
+        """The Hessian of `fun + <multipliers, constraints>` times `vector`."""
 
         def value(x: PyTree) -> Array:
-            return _scalar(self.fun(x)[0] if self.with_gradient else self.fun(x))
+            value = _scalar(self.fun(x)[0] if self.with_gradient else self.fun(x))
+            if multipliers is None or self.constraints is None:
+                return value
+            terms = jax.tree.map(jnp.vdot, multipliers, self.constraints(x))
+            return value + jax.tree.reduce(jnp.add, terms, 0.0)
 
         return jax.jvp(jax.grad(value), (self.x,), (vector,))[1]
+
+
+class JacobianOf(eqx.Module):
+    """Products with the Jacobian of a function at a point, and with its transpose."""
+
+    fun: Callable
+    x: PyTree
+
+    def mv(self, vector: PyTree) -> PyTree:
+        """The Jacobian times `vector`, a pytree like x."""
+        return jax.jvp(self.fun, (self.x,), (vector,))[1]
+
+    def rmv(self, vector: PyTree) -> PyTree:
+        """The transposed Jacobian times `vector`, a pytree like the values."""
+        return jax.vjp(self.fun, self.x)[1](vector)[0]
 
 
 def _nothing(x: PyTree) -> None:
@@ -62,6 +85,29 @@ def _scalar(value: Any) -> Array:
     return value
 
 
+def _checked(constraints: Any, bounds: Any, host: bool) -> tuple[PyTree, PyTree]:
+    """The bounds of constraints, as far as they can be checked without knowing their shape."""
+    if not callable(constraints):
+        raise TypeError(f"constraints is {constraints!r}: give a callable.")
+    if bounds is None and not host:
+        return -np.inf, 0.0
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise TypeError(
+            f"constraint_bounds is {bounds!r}: give a pair (lower, upper) of pytrees like the "
+            "constraints."
+        )
+    lower, upper = bounds
+    if jax.tree.structure(lower) == jax.tree.structure(upper):
+        check_order(lower, upper, "constraint_bounds")
+    elif host:
+        raise ValueError("constraint_bounds: with host=True give two pytrees like the constraints.")
+    return lower, upper
+
+
+def _count(limits: tuple[PyTree, PyTree] | None) -> int:
+    return 0 if limits is None else sum(np.size(leaf) for leaf in jax.tree.leaves(limits[0]))
+
+
 class Objective(Problem):
     """A function `fun(x) -> scalar` as a problem, with error 0.
 
@@ -73,6 +119,11 @@ class Objective(Problem):
       forward differences, and central ones where the requested accuracy needs them; or
       `"3-point"`: central differences throughout. Their error is estimated and reported.
     - `bounds`: a pair `(lower, upper)` of pytrees like x, or scalars. Differences keep within them.
+    - `constraints`: `constraints(x)` returns an array of floats, or a pytree of them;
+      `constraint_bounds`: the pair `(lower, upper)` that they must lie between, scalars or pytrees
+      like them; where both are equal it is an equality constraint. The default is
+      `constraints(x) <= 0`. With `host=True` the bounds must have the shape of the constraints,
+      which are called where the value is finite; there are no derivatives of them.
     - `host`: `fun` is Python code that JAX cannot trace; it gets NumPy arrays of its own and is
       called once a point.
     - `on_error`: what an exception of a `host` function means: `"raise"` ends the run with the best
@@ -92,6 +143,8 @@ class Objective(Problem):
     fun: Callable
     gradient: Any = None
     bounds: tuple[PyTree, PyTree] | None = None
+    constraints: Callable | None = None
+    limits: tuple[PyTree, PyTree] | None = None
     is_host: bool = eqx.field(static=True, default=False)
     on_error: str = eqx.field(static=True, default="raise")
     # Where points are evaluated does not change what the problem is.
@@ -103,6 +156,8 @@ class Objective(Problem):
         *,
         gradient: Callable | Literal[True, "2-point", "3-point"] | None = None,
         bounds: tuple[PyTree, PyTree] | None = None,
+        constraints: Callable | None = None,
+        constraint_bounds: tuple[PyTree, PyTree] | None = None,
         host: bool = False,
         on_error: Literal["raise", "fail"] = "raise",
         executor: Any = None,
@@ -127,9 +182,15 @@ class Objective(Problem):
                 f"executor is {executor!r}, but this objective is evaluated by compiled code: "
                 "leave executor out, or give host=True."
             )
+        if constraints is None and constraint_bounds is not None:
+            raise ValueError("constraint_bounds are given without constraints: give both.")
+        if constraints is not None:
+            constraint_bounds = _checked(constraints, constraint_bounds, host)
         self.fun = fun
         self.gradient = gradient
         self.bounds = bounds
+        self.constraints = constraints
+        self.limits = constraint_bounds
         self.is_host = host
         self.on_error = on_error
         self.executor = None if executor is None else Workers.of(executor)
@@ -139,6 +200,10 @@ class Objective(Problem):
         if isinstance(self.gradient, str):
             return Provenance((("differences", "estimated"),))
         return Provenance()
+
+    @property
+    def constraint_bounds(self) -> tuple[PyTree, PyTree] | None:
+        return self.limits
 
     @property
     def host(self) -> bool:
@@ -151,6 +216,8 @@ class Objective(Problem):
             self.fun,
             gradient=self.gradient,
             bounds=self.bounds,
+            constraints=self.constraints,
+            constraint_bounds=self.limits,
             host=self.is_host,
             on_error=self.on_error,  # pyright: ignore[reportArgumentType]
             executor=Workers() if executor is None else executor,
@@ -164,7 +231,14 @@ class Objective(Problem):
         if not self.is_host:
             return self
         gradient = _nothing if callable(self.gradient) else self.gradient
-        return Objective(_nothing, gradient=gradient, bounds=self.bounds, host=True)
+        return Objective(
+            _nothing,
+            gradient=gradient,
+            bounds=self.bounds,
+            constraints=None if self.constraints is None else _nothing,
+            constraint_bounds=self.limits,
+            host=True,
+        )
 
     def evaluate(self, query: Query) -> Evaluation:
         if self.is_host:
@@ -190,11 +264,17 @@ class Objective(Problem):
         else:
             v, g = value(x), like(self.gradient(x), x)
         # An operator holds the function itself: a closure could not leave compiled code.
-        hessian = HessianOf(self.fun, x, self.gradient is True) if derivatives > 1 else None
+        hessian = None
+        if derivatives > 1:
+            hessian = HessianOf(self.fun, x, self.gradient is True, self.constraints)
         evaluation = exact_evaluation(v, g if derivatives else None, work, hessian=hessian)
         error = rounding(v.dtype, jax.tree.leaves(x)[0].dtype) * jnp.abs(v)
         error = jnp.where(jnp.isfinite(v), error, 0).astype(v.dtype)
-        return eqx.tree_at(lambda e: e.value_error, evaluation, error)
+        evaluation = dataclasses.replace(evaluation, value_error=error)
+        if self.constraints is None or self.limits is None:
+            return evaluation
+        jacobian = JacobianOf(self.constraints, x) if derivatives else None
+        return constrained(evaluation, self.constraints(x), self.limits, jacobian=jacobian)
 
     # -- Python code ------------------------------------------------------------------------------
 
@@ -206,6 +286,11 @@ class Objective(Problem):
                 "this solver needs gradients and JAX cannot differentiate Python code: give "
                 '`gradient` (`jac` of `minimize`): a callable, True, or "2-point" for finite '
                 "differences."
+            )
+        if query.derivatives and self.constraints is not None:
+            raise TypeError(
+                "this solver needs derivatives of the constraints, which Python code does not "
+                "give: use a solver that needs values only, or functions that JAX can trace."
             )
         one = query.mask is None
         if not is_concrete(query):
@@ -227,6 +312,8 @@ class Objective(Problem):
             query.derivatives,
             self.bounds,
             float(np.max(np.asarray(query.accuracy.state))),
+            self.constraints,
+            _count(self.limits),
         )
         rows = iter(self._rows([p for p, m in zip(points, mask, strict=True) if m], wanted))
         skipped = failed(points[0], query.derivatives, calls=0)
@@ -247,7 +334,7 @@ class Objective(Problem):
         if rows[0].gradient is not None:
             gradient = jax.tree.map(lambda *g: column(list(g)), *[row.gradient for row in rows])
             gradients = sum(row.calls > 0 for row in rows)
-        return _answer(
+        evaluation = _answer(
             column([row.value for row in rows]),
             column([row.value_error for row in rows]),
             gradient,
@@ -257,6 +344,11 @@ class Objective(Problem):
             np.asarray([row.outcome == "timed_out" for row in rows])[0 if one else slice(None)],
             self.provenance,
         )
+        if self.limits is None:
+            return evaluation
+        nothing = np.full(_count(self.limits), np.nan)
+        rows_of = [nothing if row.constraints is None else row.constraints for row in rows]
+        return _constrained(evaluation, column(rows_of), self.limits)
 
 
 @eqx.filter_jit
@@ -294,3 +386,13 @@ def _point_status(finite: Array, timed_out: Array) -> Any:
         return PointStatus.where(finite, PointStatus.ok, failed)
 
     return jax.vmap(outcome)(finite, timed_out) if finite.ndim else outcome(finite, timed_out)
+
+
+@eqx.filter_jit
+def _constrained(evaluation: Evaluation, flat: Any, limits: tuple) -> Evaluation:
+    """The answer with constraints, which came as one vector a point."""
+    leaves, structure = jax.tree.flatten(limits[0])
+    parts = jnp.split(flat, np.cumsum([np.size(leaf) for leaf in leaves])[:-1], axis=-1)
+    shapes = [flat.shape[:-1] + np.shape(leaf) for leaf in leaves]
+    fitted = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return constrained(evaluation, jax.tree.unflatten(structure, fitted), limits)

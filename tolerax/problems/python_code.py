@@ -18,12 +18,14 @@ DIFFERENCES = ("2-point", "3-point")
 
 class Wanted(NamedTuple):
     """What is asked at every point: the gradient and how to get it, within which bounds, and the
-    tolerance on its error."""
+    tolerance on its error; and the constraints."""
 
     gradient: Any
     derivatives: int
     bounds: Any
     tolerance: float
+    constraints: Callable | None = None
+    constraint_count: int = 0
 
 
 # `lost`: the point killed its worker.
@@ -40,6 +42,7 @@ class Row(NamedTuple):
     calls: int
     outcome: Outcome = "answered"
     error: str = ""
+    constraints: np.ndarray | None = None
 
 
 def failed(x: PyTree, derivatives: int, calls: int = 1) -> Row:
@@ -49,7 +52,22 @@ def failed(x: PyTree, derivatives: int, calls: int = 1) -> Row:
 
 
 def call(fun: Callable, x: PyTree, wanted: Wanted) -> Row:
-    """Value and gradient at one point. `fun` gets copies, since it may write into them."""
+    """Value, gradient and constraints at one point. Functions get copies, since they may write into
+    them."""
+    row = _called(fun, x, wanted)
+    if wanted.constraints is None or not np.isfinite(row.value):
+        return row
+    leaves = jax.tree.leaves(wanted.constraints(jax.tree.map(np.array, x)))
+    values = np.concatenate([np.ravel(np.asarray(leaf)) for leaf in leaves] or [np.zeros(0)])
+    if values.size != wanted.constraint_count or np.iscomplexobj(values):
+        raise TypeError(
+            f"{values.size} constraints of type {values.dtype} came back: constraint_bounds has "
+            f"{wanted.constraint_count} real ones."
+        )
+    return row._replace(constraints=values.astype(float))
+
+
+def _called(fun: Callable, x: PyTree, wanted: Wanted) -> Row:
     leaves, structure = jax.tree.flatten(x)
     dtype = leaves[0].dtype
     copy = lambda: jax.tree.map(np.array, x)  # noqa: E731

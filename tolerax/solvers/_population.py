@@ -90,15 +90,6 @@ def energies(query: Query, evaluation: Evaluation, dtype: Any) -> Float[Array, "
     return jnp.where(ok, value, jnp.inf)
 
 
-def refuse_constraints(evaluation: Evaluation, solver: str) -> None:
-    """Say so where a problem has constraints that a solver does not look at."""
-    if evaluation.violation is not None:
-        raise ValueError(
-            f"{solver} looks at values only, but the points of this problem have a `violation`: "
-            "use `CBO` with its `penalty`."
-        )
-
-
 def scale_like(spread: PyTree, x: PyTree, name: str = "spread") -> Float[Array, " d"]:
     """A spread, given as a number or as a pytree like x, for every coordinate of the flat x."""
     if jax.tree.structure(spread) != jax.tree.structure(x):

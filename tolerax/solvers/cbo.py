@@ -31,9 +31,10 @@ class CBOState(eqx.Module):
 
     x: Positions
     noise: Any
-    memory: tuple[Positions, Float[Array, " n"]] | None
+    memory: tuple[Positions, Float[Array, " n"], Float[Array, " n"]] | None
     consensus: Float[Array, " d"]
     best: Float[Array, ""]
+    best_violation: Float[Array, ""]
     best_x: Float[Array, " d"]
     effective: Float[Array, ""]
     width: Float[Array, ""]
@@ -137,6 +138,10 @@ class CBO(Solver):
         return True
 
     @property
+    def honours_constraints(self) -> bool:
+        return True
+
+    @property
     def feasibility(self) -> Any:
         return self.feasible_within
 
@@ -150,13 +155,17 @@ class CBO(Solver):
         x = self._ensemble(start, x0, box, bounded, first)
         x = distributed(jax.vmap(self._feasible(box))(x), self.sharding)
         inf, false = jnp.array(jnp.inf, x.dtype), jnp.array(False)
-        memory = None if self.memory is None else (x, jnp.full(self.particles, jnp.inf, x.dtype))
+        memory = None
+        if self.memory is not None:
+            nothing = jnp.zeros(self.particles, x.dtype)
+            memory = (x, nothing + jnp.inf, nothing)
         return CBOState(
             x=x,
             noise=self.noise.init(x),
             memory=memory,
             consensus=x0,
             best=inf,
+            best_violation=jnp.zeros_like(inf),
             best_x=x0,
             effective=jnp.array(self.particles, x.dtype),
             width=inf,
@@ -295,8 +304,8 @@ class CBO(Solver):
         now = dataclasses.replace(
             state,
             best=jnp.where(lower, energy[lowest], state.best),
+            best_violation=jnp.where(lower, violation[lowest], state.best_violation),
             best_x=jnp.where(lower, x[lowest], state.best_x),
-            penalty=jnp.where(hard & ok[lowest], 1.5 * state.penalty, state.penalty),
         )
         moved = self._moved(now, x, energy, violation, ok, gradient)
         # After probes the particles go on from there when one of them was lower, else all is over.
@@ -312,11 +321,25 @@ class CBO(Solver):
             status=Status.where(lower, Status.running, Status.consensus),
         )
         new = select(state.probing, probed, moved)
+        new = self._dearer(new, jnp.where(hard & ok[lowest], 0.5 * state.penalty, 0))
         lost = jnp.sum(ok) == 0
         return dataclasses.replace(
             new,
             done=new.done | lost,
             status=Status.where(lost, Status.all_failed, new.status),
+        )
+
+    def _dearer(self, state: CBOState, more: Array) -> CBOState:
+        """With a larger penalty, for what is remembered too."""
+        memory = state.memory
+        if memory is not None:
+            x, energy, violation = memory
+            memory = (x, energy + more * violation, violation)
+        return dataclasses.replace(
+            state,
+            memory=memory,
+            best=state.best + more * state.best_violation,
+            penalty=state.penalty + more,
         )
 
     def _placed(self, state: CBOState, x: Float[Array, "m d"]) -> Positions:
@@ -339,10 +362,11 @@ class CBO(Solver):
         memory = state.memory
         anchor, anchor_energy = x, energy
         if memory is not None:
-            old, old_energy = (m if members is None else m[members] for m in memory)
-            better = energy < old_energy
-            anchor = jnp.where(better[:, None], x, old)
-            anchor_energy = jnp.where(better, energy, old_energy)
+            old = jax.tree.map(lambda m: m if members is None else m[members], memory)
+            better = energy < old[1]
+            anchor = jnp.where(better[:, None], x, old[0])
+            anchor_energy = jnp.where(better, energy, old[1])
+            violation = jnp.where(better, violation, old[2])
         agreed: Agreement = self.consensus(anchor, anchor_energy, violation, state.step, over)
         m = agreed.point
         placed = when(jnp.sum(ok) < ok.size, lambda x, now: _replaced(x, ok, copy_key, now), x)
@@ -360,11 +384,12 @@ class CBO(Solver):
         close = (jnp.abs(u) <= self.tol * (1 + jnp.abs(m))) & ok[:, None]
         agree = jnp.min(total(close.astype(x.dtype), over)) >= 0.5 * x.shape[0]
         agreeing = jnp.where(agree, state.agreeing + 1, 0)
-        if memory is not None and members is None:
-            memory = (anchor, anchor_energy)
-        elif memory is not None:
-            whole, energies = memory
-            memory = (whole.at[members].set(anchor), energies.at[members].set(anchor_energy))
+        if memory is not None:
+            memory = jax.tree.map(
+                lambda old, new: new if members is None else old.at[members].set(new),
+                memory,
+                (anchor, anchor_energy, violation),
+            )
         return dataclasses.replace(
             state,
             x=distributed(self._placed(state, moved), self.sharding),

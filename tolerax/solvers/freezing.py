@@ -136,6 +136,10 @@ class ConsensusFreezing(Solver):
         return True
 
     @property
+    def honours_constraints(self) -> bool:
+        return True
+
+    @property
     def feasibility(self) -> Any:
         return self._particles.feasibility
 

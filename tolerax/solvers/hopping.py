@@ -24,7 +24,6 @@ from tolerax.solvers._population import (
     flat,
     probe_lengths,
     probes,
-    refuse_constraints,
     scale_like,
 )
 from tolerax.solvers.consensus import Consensus, RankWeights
@@ -154,7 +153,6 @@ class ConsensusHopping(Solver):
         return batch_query(x, state.box, self.accuracy)
 
     def tell(self, state: HoppingState, query: Query, evaluation: Evaluation) -> HoppingState:
-        refuse_constraints(evaluation, type(self).__name__)
         x, energy = flat(query.x), energies(query, evaluation, state.x.dtype)
         lowest = jnp.argmin(energy)
         lower = energy[lowest] < state.best

@@ -24,7 +24,6 @@ from tolerax.solvers._population import (
     first_ensemble,
     flat,
     probes,
-    refuse_constraints,
     scale_like,
     tempered,
 )
@@ -180,7 +179,6 @@ class ConsensusSampling(Solver):
         return batch_query(state.x, state.box, self.accuracy)
 
     def tell(self, state: SamplingState, query: Query, evaluation: Evaluation) -> SamplingState:
-        refuse_constraints(evaluation, type(self).__name__)
         x, energy = flat(query.x), energies(query, evaluation, state.x.dtype)
         lowest = jnp.argmin(energy)
         lower = energy[lowest] < state.best
