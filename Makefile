@@ -5,6 +5,9 @@ VENV   ?= .venv
 PYTEST_ARGS ?= -n logical --maxprocesses 8 --dist loadfile
 
 BIN    := $(VENV)/bin
+# Docs, examples and tests run much of the same code: what one has compiled the others read.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 SMALL  := MPLBACKEND=Agg TOLERAX_EXAMPLE_SIZE=small
 
 .DEFAULT_GOAL := help
@@ -45,7 +48,7 @@ build: $(VENV)/with-dev            ## source distribution and wheel, into dist/
 	$(BIN)/python -m build --outdir dist
 
 clean:           ## remove what the targets above made, and the environment
-	rm -rf $(VENV) dist docs/_build docs/gallery docs/reference/generated demo.png
+	rm -rf $(VENV) .jax_cache dist docs/_build docs/gallery docs/reference/generated demo.png
 
 # The environment. A stamp says that an extra of pyproject.toml is installed.
 $(VENV)/with-%: pyproject.toml $(VENV)/made
