@@ -14,6 +14,7 @@ from tolerax.minimize import scipy_method as scipy_method
 from tolerax.problems import Bilevel as Bilevel
 from tolerax.problems import Implicit as Implicit
 from tolerax.problems import LeastSquares as LeastSquares
+from tolerax.problems import NeuralSurrogate as NeuralSurrogate
 from tolerax.problems import Objective as Objective
 from tolerax.problems import PDEConstrained as PDEConstrained
 from tolerax.problems import Workers as Workers

@@ -1,5 +1,6 @@
 """Checks before a run starts: a clear error that names the argument, the value and the remedy."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -78,8 +79,10 @@ def bounds_like(
     def alike(side: PyTree, which: str) -> PyTree:
         if side is None:
             raise ValueError(f"{name}: the {which} bound is None: use -inf or inf for no bound.")
-        if jax.tree_util.all_leaves([side]) and jnp.ndim(side) == 0:
-            return jax.tree.map(lambda leaf: jnp.full(leaf.shape, side, leaf.dtype), tree)
+        with contextlib.suppress(ValueError):  # a number may stand for a whole subtree
+            side = jax.tree.map(
+                lambda b, part: b if jnp.ndim(b) else jax.tree.map(lambda _: b, part), side, tree
+            )
         if jax.tree.structure(side) != jax.tree.structure(tree):
             raise ValueError(
                 f"{name}: the {which} bound has structure {jax.tree.structure(side)}, {of} has "
@@ -101,6 +104,7 @@ def check_order(lower: PyTree, upper: PyTree, name: str) -> None:
     """Raise for bounds, two pytrees alike, that hold NaN or are the wrong way round."""
     if is_concrete((lower, upper)):
         for path, (low, high) in _pairs(lower, upper):
+            low, high = np.broadcast_arrays(low, high)
             if np.isnan(low).any() or np.isnan(high).any():
                 raise ValueError(f"{name}{path} holds NaN: use -inf and inf for no bound.")
             if (low > high).any():

@@ -12,4 +12,5 @@ from tolerax.problems.norms import CrossBounds as CrossBounds
 from tolerax.problems.objective import Objective as Objective
 from tolerax.problems.pde import PDEConstrained as PDEConstrained
 from tolerax.problems.stability import Stability as Stability
+from tolerax.problems.surrogate import NeuralSurrogate as NeuralSurrogate
 from tolerax.problems.workers import Workers as Workers
