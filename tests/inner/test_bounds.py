@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.inner.functions import LONG, cases, distances, minimizer
@@ -21,6 +21,7 @@ from tolerax.inner.bounds import (
     decrement_for,
     distance,
     dual_norm,
+    dual_norm_given,
     excess,
     growth,
     shrink,
@@ -75,6 +76,9 @@ def test_there_is_no_bound_at_infinity():
     t, a = distance(inf, inf, jnp.ones(2), jnp.array(0.0))
     assert t == jnp.inf
     assert a == 0
+
+
+sharpened = jax.jit(dual_norm_given)
 
 
 @jax.jit
@@ -175,3 +179,28 @@ def test_an_infinite_tolerance_asks_for_nothing():
     assert decrement_for(jnp.array(jnp.inf), d, jnp.array(0.0)) == jnp.inf
     # With M > 0 the local bound exists below sqrt(min D)/M.
     np.testing.assert_allclose(decrement_for(jnp.array(jnp.inf), d, jnp.array(2.0)), 0.25)
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=20)
+def test_products_sharpen_the_dual_norm_as_far_as_they_can(seed):
+    rng = np.random.default_rng(seed)
+    n, d = 8, 10 ** rng.uniform(-2, 2, 8)
+    root = np.sqrt(d)[:, None] * rng.normal(size=(n, 4)) * 10 ** rng.uniform(-1, 2)
+    A, r = np.diag(d) + root @ root.T, rng.normal(size=n)
+    p = np.zeros((4, n))  # with a row that was not used
+    p[:3] = rng.normal(size=(3, n)) / np.sqrt(d)
+    ap = p @ A
+    found = float(sharpened(jnp.asarray(r), jnp.asarray(d), jnp.asarray(p), jnp.asarray(ap)))
+    # The smallest matrix above D that has these products, by dense algebra.
+    u = (ap - p * d)[:3].T
+    M = np.diag(d) + u @ np.linalg.solve(p[:3] @ u, u.T)
+    best = np.sqrt(r @ np.linalg.solve(M, r))
+    simple = float(dual_norm(jnp.asarray(r), jnp.asarray(d)))
+    # 1e-7 of P'U is given away against rounding.
+    assert np.sqrt(r @ np.linalg.solve(A, r)) <= found * (1 + 1e-9)
+    assert best * (1 - 1e-9) <= found <= min(best * 1.01, simple * (1 + 1e-12))
+    # One product with the solution itself tells all, down to a thousandth of the simple bound.
+    e = np.linalg.solve(A, r)[None]
+    known = float(sharpened(jnp.asarray(r), jnp.asarray(d), jnp.asarray(e), jnp.asarray(e @ A)))
+    np.testing.assert_allclose(known, np.sqrt(r @ e[0]), rtol=0.01)

@@ -18,6 +18,37 @@ def dual_norm(r: Vector, d: Vector) -> Scalar:
     return jnp.sqrt(jnp.sum(r * r / d))
 
 
+def dual_norm_given(
+    r: Vector, d: Vector, p: Float[Array, "k n"], ap: Float[Array, "k n"]
+) -> Scalar:
+    """An upper bound on `|r|_{A^-1}` for A >= D, from the products `ap` of A with the rows of `p`.
+
+    With U = A P - D P the smallest matrix above D with these products is
+    `M = D + U (P'U)^-1 U'` (the Nyström approximation of A - D lies below it). The bound is
+    `|r|_{M^-1}`: no smaller one follows from the same products. Rows of zeros are left out.
+
+    >>> import jax.numpy as jnp
+    >>> A, e = jnp.diag(jnp.array([1.0, 100.0])), jnp.eye(2)
+    >>> float(dual_norm_given(e[1], jnp.ones(2), e[1:], e[1:] @ A).round(4))
+    0.1
+    """
+    u = ap - d[None] * p
+    # By Sherman, Morrison and Woodbury with T = P'U + U'D^-1 U = U'D^-1 A P.
+    t = (u / d[None]) @ ap.T
+    size = jnp.sqrt(jnp.maximum(jnp.diagonal(t), 0))
+    inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
+    t = 0.5 * (t + t.T) * inverse[:, None] * inverse[None]
+    # More on the diagonal of P'U than there is makes M smaller: a bound still, without rounding.
+    noise = jnp.sqrt(jnp.finfo(d.dtype).eps)
+    t = t + jnp.diag(jnp.where(size > 0, noise, 1))
+    c = inverse * (u @ (r / d))
+    squared = jnp.sum(r * r / d)
+    gain = jnp.dot(c, jnp.linalg.solve(t, c))
+    # Differences of almost equal numbers are not trusted beyond this.
+    least = jnp.maximum(squared - gain, 1e2 * noise * squared)
+    return jnp.sqrt(jnp.where(gain > 0, least, squared))
+
+
 def shrink(a: Scalar) -> Scalar:
     """`(1 - exp(-a)) / a`: the mean Hessian over a segment is at least this times the end's."""
     return jnp.where(a > 1e-6, -jnp.expm1(-a) / jnp.where(a > 0, a, 1), 1 - a / 2)

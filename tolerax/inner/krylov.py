@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from tolerax.inner.bounds import dual_norm
+from tolerax.inner.bounds import dual_norm, dual_norm_given
 from tolerax.inner.recycled import Recycled
 
 Vector = Float[Array, " n"]
@@ -133,9 +133,10 @@ class CG(eqx.Module):
         eps = jnp.finfo(dtype).eps
         count = jnp.result_type(int)
 
-        def bound(gamma: Array, rz: Array, r: Vector) -> Array:
-            """Squared upper bound on the error from the Radau weight and from |r|_{D^-1}."""
-            simple = jnp.sum(r * r / d)
+        def bound(gamma: Array, rz: Array, r: Vector, kept: Array | None) -> Array:
+            """Squared upper bound on the error from the Radau weight and from |r|_{D^-1}, or the
+            best that the products kept allow: the floor of a learned preconditioner is low."""
+            simple = jnp.sum(r * r / d) if kept is None else dual_norm_given(r, d, *kept) ** 2
             radau = jnp.where(gamma > 0, gamma * rz, jnp.inf)
             return jnp.minimum(simple, radau) if self.quadrature else simple
 
@@ -152,7 +153,7 @@ class CG(eqx.Module):
         gamma = 1 / floor
         # Floors to compare the smallest Ritz value with; less than 1 leaves room for rounding.
         shares = 0.98 * 0.5 ** jnp.arange(24, dtype=dtype)
-        first = bound(gamma, rz, r)
+        first = bound(gamma, rz, r, kept)
         # Residuals cannot fall below this.
         negligible = (eps**2) * jnp.sum((b / scale) ** 2 / d)
 
@@ -162,8 +163,8 @@ class CG(eqx.Module):
             return 2 * eps * largest * size / jnp.sqrt(jnp.min(d))
 
         def unfinished(carry: tuple) -> Bool[Array, ""]:
-            x, r, _, rz, weights, gone, (_, largest), step, bad, _ = carry
-            squared, unsure = bound(weights[0], rz, r), rounding(x, largest)
+            x, r, _, rz, weights, gone, (_, largest), step, bad, kept = carry
+            squared, unsure = bound(weights[0], rz, r, kept), rounding(x, largest)
             # What the error of the guess was: decrements so far plus what is left.
             wanted = jnp.maximum(asked, relative * jnp.sqrt(gone + squared))
             error = jnp.sqrt(squared)
@@ -206,7 +207,7 @@ class CG(eqx.Module):
         start = (x, r, z, rz, weights, zero, (inf, zero), jnp.array(0, count), bad, kept)
         end = jax.lax.while_loop(unfinished, body, start)
         x, r, _, rz, (gamma, _), gone, (curvature, largest), steps, bad, kept = end
-        squared = bound(gamma, rz, r)
+        squared = bound(gamma, rz, r, kept)
         error, unsure = scale * jnp.sqrt(squared), scale * rounding(x, largest)
         first_error = scale * jnp.sqrt(jnp.minimum(first, gone + squared))
         products = products + steps

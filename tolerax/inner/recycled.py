@@ -7,7 +7,8 @@ For a symmetric A with a diagonal lower bound D the matrix
 has `P <= top D <= top A`, with `top` the largest eigenvalue of `D^-1 P`. So 1 / top is a floor
 under the spectrum of `P^-1 A` *whatever* L is: Gauss-Radau bounds stay rigorous when L was learned
 from another matrix, as those of earlier Newton steps and of earlier hyperparameters are. The floor
-is low, though, and bounds are looser than with D alone: fewer products are paid for with that.
+is low, though, and the products of the solve itself give better bounds (`dual_norm_given`). They
+are looser than with D alone still: fewer products are paid for with that.
 
 L is updated as in block BFGS, from directions p of a solve and their products A p: on the new
 directions it becomes exact, elsewhere it stays. Morales and Nocedal (*SIAM Journal on Optimization*
