@@ -10,6 +10,7 @@ from tolerax.problems.implicit import Implicit as Implicit
 from tolerax.problems.least_squares import LeastSquares as LeastSquares
 from tolerax.problems.norms import CrossBounds as CrossBounds
 from tolerax.problems.objective import Objective as Objective
+from tolerax.problems.onnx import read_onnx as read_onnx
 from tolerax.problems.pde import PDEConstrained as PDEConstrained
 from tolerax.problems.stability import Stability as Stability
 from tolerax.problems.surrogate import NeuralSurrogate as NeuralSurrogate

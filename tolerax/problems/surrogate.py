@@ -1,7 +1,8 @@
 """Optimization over a trained network: `f(Phi(x), x)` where Phi is a network."""
 
+import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from tolerax.contracts import Evaluation, Problem, Query, Work, constrained, exact_evaluation
 from tolerax.problems.objective import HessianOf, JacobianOf
+from tolerax.problems.onnx import read_onnx
 from tolerax.validation import check_order
 
 
@@ -104,8 +106,9 @@ class NeuralSurrogate(Problem):
 
     **Arguments:**
 
-    - `network`: a callable x -> z, for instance an Equinox module (in inference mode); or a list of
-      them, whose mean is z. Arrays that it captures instead of holding them are compiled in.
+    - `network`: a callable x -> z, for instance an Equinox module (in inference mode), or the path
+      of an ONNX file (see [`read_onnx`][]); or a list of these, whose mean is z. Arrays that a
+      callable captures instead of holding them are compiled in.
     - `objective(z, x)`: a scalar.
     - `constraints(z, x)`: an array or a pytree of them; `constraint_bounds`: pair `(lower, upper)`
       of what they must lie between, scalars or pytrees like them. The default is
@@ -140,7 +143,7 @@ class NeuralSurrogate(Problem):
 
     def __init__(
         self,
-        network: Callable | Sequence[Callable],
+        network: Callable | str | os.PathLike[str] | Sequence[Any],
         objective: Callable[[PyTree, PyTree], Float[Array, ""]],
         *,
         constraints: Callable[[PyTree, PyTree], PyTree] | None = None,
@@ -151,7 +154,7 @@ class NeuralSurrogate(Problem):
         max_disagreement: float | None = None,
         simulator: Callable[[PyTree], PyTree] | None = None,
     ):
-        networks = (network,) if callable(network) else tuple(network)
+        networks = _read(network)
         if not networks or not all(map(callable, networks)):
             raise TypeError(f"network is {network!r}: give a callable or a list of callables.")
         if max_disagreement is not None and (len(networks) == 1 or not max_disagreement > 0):
@@ -258,6 +261,12 @@ class NeuralSurrogate(Problem):
             violation,
             max(gaps, default=0.0),
         )
+
+
+def _read(network: Any) -> tuple[Callable, ...]:
+    """The networks as callables."""
+    given = (network,) if callable(network) or isinstance(network, str | os.PathLike) else network
+    return tuple(read_onnx(one) if isinstance(one, str | os.PathLike) else one for one in given)
 
 
 def _both(
