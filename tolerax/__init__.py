@@ -23,6 +23,7 @@ from tolerax.solution import Solution as Solution
 from tolerax.solvers import CBO as CBO
 from tolerax.solvers import HOAG as HOAG
 from tolerax.solvers import MAID as MAID
+from tolerax.solvers import BatchedLevenbergMarquardt as BatchedLevenbergMarquardt
 from tolerax.solvers import InexactLineSearch as InexactLineSearch
 from tolerax.status import PointStatus as PointStatus
 from tolerax.status import Status as Status

@@ -8,6 +8,8 @@ from tolerax.inner.flexible import FlexibleCG as FlexibleCG
 from tolerax.inner.gmres import FGMRES as FGMRES
 from tolerax.inner.gmres import GMRES as GMRES
 from tolerax.inner.krylov import CG as CG
+from tolerax.inner.levenberg_marquardt import BatchedLevenbergMarquardt as BatchedLevenbergMarquardt
+from tolerax.inner.levenberg_marquardt import LeastSquaresResult as LeastSquaresResult
 from tolerax.inner.minimizers import LBFGS as LBFGS
 from tolerax.inner.minimizers import AcceleratedGradient as AcceleratedGradient
 from tolerax.inner.minimizers import NewtonCG as NewtonCG
@@ -18,5 +20,6 @@ from tolerax.inner.positive_bases import cosine_measure as cosine_measure
 from tolerax.inner.positive_bases import positive_basis as positive_basis
 from tolerax.inner.positive_bases import rotation as rotation
 from tolerax.inner.recycled import Recycled as Recycled
+from tolerax.inner.residuals import Pointwise as Pointwise
 from tolerax.inner.roots import NewtonKrylov as NewtonKrylov
 from tolerax.inner.spectral import Laplacian as Laplacian

@@ -1,0 +1,171 @@
+"""Normal equations of many small linear least-squares problems at once.
+
+Every array has a leading axis of lanes (K). Columns are scaled to length 1 before anything is
+factored, which is within a factor sqrt(n) of the best scaling (van der Sluis, *Numerische
+Mathematik* 14, 1969).
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Bool, Float
+
+Lane = Float[Array, " k"]
+Rows = Float[Array, "k n"]
+Square = Float[Array, "k n n"]
+
+
+class Normal(eqx.Module):
+    """`|r + J p|^2 + ridge |w + p|^2` as a function of p, in every lane.
+
+    - `gram`: J'J + ridge I; `gradient`: J'r + ridge w. - `scale`: lengths of the columns of J.
+    - `condition`: estimate of the condition number of the gram matrix with scaled columns; infinite
+      where it has no Cholesky factor.
+    - `ill`: the lanes in which the gram matrix has lost too many digits. They use `root`, the
+      factor R of J (scaled) by Householder's QR, and `image` = Q'r.
+    """
+
+    gram: Square
+    gradient: Rows
+    scale: Rows
+    condition: Lane
+    ill: Bool[Array, " k"]
+    root: Square
+    image: Rows
+
+
+def _eye(like: Square) -> Float[Array, "1 n n"]:
+    return jnp.eye(like.shape[-1], dtype=like.dtype)[None]
+
+
+def _solve_lower(factor: Square, b: Rows) -> Rows:
+    """(L L')^-1 b."""
+    half = solve_triangular(factor, b[..., None], lower=True)
+    return solve_triangular(factor, half, lower=True, trans=1)[..., 0]
+
+
+def _lengths(gram: Square) -> Rows:
+    """Lengths of the columns of J, 1 for those that vanish."""
+    square = jnp.diagonal(gram, axis1=1, axis2=2)
+    return jnp.sqrt(jnp.where(square > 0, square, 1))
+
+
+def _factor_of(gram: Square) -> Square:
+    """Cholesky's factor with columns of length 1, NaN where there is none."""
+    scale = _lengths(gram)
+    unit = gram / (scale[:, :, None] * scale[:, None, :])
+    return jnp.linalg.cholesky(unit, symmetrize_input=False)
+
+
+def _safe(factor: Square) -> tuple[Square, Bool[Array, " k"]]:
+    """A factor with those that failed replaced by the identity, and which did not fail."""
+    fine = jnp.all(jnp.isfinite(factor), axis=(1, 2))
+    return jnp.where(fine[:, None, None], factor, _eye(factor)), fine
+
+
+def normal_equations(
+    r: Float[Array, "k m"],
+    J: Float[Array, "k m n"],
+    w: Rows,
+    ridge: Lane,
+    wanted: Bool[Array, " k"],
+    curvature: Square | None = None,
+) -> Normal:
+    """The normal equations at w. QR is taken only if a lane that is `wanted` needs it (under `vmap`
+    always: flatten nested batches into the one axis of lanes).
+
+    `curvature`: `sum_i r_i r_i''`, which makes the gram matrix the exact Hessian. It is left out
+    where that is not positive definite.
+    """
+    count, n = w.shape
+    eps = jnp.finfo(w.dtype).eps
+    eye = jnp.eye(n, dtype=w.dtype)[None]
+    gram = jnp.einsum("kmi,kmj->kij", J, J) + ridge[:, None, None] * eye
+    gradient = jnp.einsum("kmi,km->ki", J, r) + ridge[:, None] * w
+    if curvature is not None:
+        convex = jnp.all(jnp.isfinite(_factor_of(gram + curvature)), axis=(1, 2))
+        gram = jnp.where(convex[:, None, None], gram + curvature, gram)
+    scale = _lengths(gram)
+    factor, fine = _safe(_factor_of(gram))
+    # |B^-1| from two inverse iterations; |B| is at most its trace, n.
+    v = jnp.broadcast_to(jnp.cos(1.0 + jnp.arange(n, dtype=w.dtype))[None], (count, n))
+    v = v / jnp.linalg.norm(v, axis=1, keepdims=True)
+    v = _solve_lower(factor, v)
+    v = _solve_lower(factor, v / jnp.linalg.norm(v, axis=1, keepdims=True))
+    condition = jnp.where(fine, n * jnp.linalg.norm(v, axis=1), jnp.inf)
+    # A step that is wrong by 1 % still converges, faster than QR could be.
+    ill = wanted & ~(eps * condition < 1e-2)
+
+    def by_qr() -> tuple[Square, Rows]:
+        rows = jnp.sqrt(ridge)[:, None, None] * eye
+        stacked = jnp.concatenate([J, jnp.broadcast_to(rows, (count, n, n))], axis=1)
+        right = jnp.concatenate([r, jnp.sqrt(ridge)[:, None] * w], axis=1)
+        Q, R = jnp.linalg.qr(stacked / scale[:, None, :])
+        return R, jnp.einsum("kmi,km->ki", Q, right)
+
+    nothing = lambda: (jnp.zeros_like(gram), jnp.zeros_like(w))  # noqa: E731
+    root, image = jax.lax.cond(jnp.any(ill), by_qr, nothing)
+    return Normal(gram, gradient, scale, condition, ill, root, image)
+
+
+def _damped(normal: Normal, damping: Lane, free: Bool[Array, "k n"]) -> tuple[Rows, Square]:
+    """The minimizer q of `|r + J S^-1 q|^2 + damping |q|^2` over the free variables (S: lengths of
+    the columns), and the lower factor of the matrix that it solves with."""
+    scale = normal.scale
+    n = scale.shape[1]
+    eye = _eye(normal.gram)
+    both = free[:, :, None] & free[:, None, :]
+    unit = jnp.where(both, normal.gram / (scale[:, :, None] * scale[:, None, :]), eye)
+    matrix = unit + damping[:, None, None] * eye
+    b = jnp.where(free, -normal.gradient / scale, 0)
+    factor = _safe(jnp.linalg.cholesky(matrix, symmetrize_input=False))[0]
+    q = _solve_lower(factor, b)
+    # One step of iterative refinement.
+    q = q + _solve_lower(factor, b - jnp.einsum("kij,kj->ki", matrix, q))
+
+    def by_qr() -> tuple[Rows, Square]:
+        # Directions in which J is rounding only are damped away.
+        least = (10 * n * jnp.finfo(scale.dtype).eps) ** 2
+        shift = jnp.sqrt(jnp.maximum(damping, least))
+        bottom = jnp.where(free, shift[:, None], 1)[:, :, None] * eye
+        stacked = jnp.concatenate([jnp.where(free[:, None, :], normal.root, 0), bottom], axis=1)
+        Q, R = jnp.linalg.qr(stacked)
+        right = jnp.einsum("kmi,km->ki", Q[:, :n], -normal.image)
+        by_root = solve_triangular(R, right[..., None], lower=False)[..., 0]
+        ill = normal.ill[:, None]
+        lower = jnp.where(ill[..., None], jnp.swapaxes(R, 1, 2), factor)
+        return jnp.where(ill, by_root, q), lower
+
+    q, factor = jax.lax.cond(jnp.any(normal.ill), by_qr, lambda: (q, factor))
+    return jnp.where(free & jnp.isfinite(q), q, 0), factor
+
+
+def decrement_squared(normal: Normal, free: Bool[Array, "k n"]) -> Lane:
+    """`g' A^-1 g` over the free variables, for the gradient g and the gram matrix A."""
+    q, _ = _damped(normal, jnp.zeros_like(normal.condition), free)
+    return jnp.sum(jnp.where(free, -normal.gradient / normal.scale, 0) * q, axis=1)
+
+
+def trust_region_step(normal: Normal, radius: Lane, free: Bool[Array, "k n"]) -> tuple[Rows, Lane]:
+    """The minimizer p of the linear model with `|S p| <= radius`, to within 10 %, and its damping
+    (Moré, *Lecture Notes in Mathematics* 630, 1978: Newton's method on 1 / |S p|)."""
+
+    def too_long(state: tuple) -> Bool[Array, ""]:
+        _, q, _, count = state
+        return jnp.any(jnp.linalg.norm(q, axis=1) > 1.1 * radius) & (count < 10)
+
+    def more_damping(state: tuple) -> tuple:
+        damping, q, factor, count = state
+        length = jnp.linalg.norm(q, axis=1)
+        long = length > 1.1 * radius
+        half = solve_triangular(factor, q[..., None], lower=True)[..., 0]
+        slope = jnp.where(long, jnp.sum(half * half, axis=1), 1)
+        change = length * length / slope * (length / radius - 1)
+        damping = jnp.where(long, damping + change, damping)
+        return damping, *_damped(normal, damping, free), count + 1
+
+    zero = jnp.zeros_like(radius)
+    start = (zero, *_damped(normal, zero, free), 0)
+    damping, q, _, _ = jax.lax.while_loop(too_long, more_damping, start)
+    return q / normal.scale, damping
