@@ -1,4 +1,6 @@
-"""Ready-made bilevel problems, held in memory from installed packages: nothing is downloaded.
+"""Ready-made problems, held in memory from installed packages: nothing is downloaded.
+
+Bilevel problems:
 
 | function | x | y | constants |
 |---|---|---|---|
@@ -9,6 +11,15 @@
 | [`hyper_cleaning`][] | a weight a sample | softmax weights | proved |
 
 Each returns a [`LibraryProblem`][] with `problem`, `x0`, `description` and what reporting needs.
+
+Trained networks, as a [`LibrarySurrogate`][] each; the networks are trained when called:
+
+| function | x | network | constraints |
+|---|---|---|---|
+| [`image_mixture`][] | 100 weights of pictures | convolutional classifier | bounds |
+| [`digits_counterfactual`][] | 64 latent variables | decoder and classifier | class, shell |
+| [`reactor`][] | coolant, duration | trajectories of a reactor | temperature, conversion, purity |
+
 `seed` draws splits, crops, noise and label flips: tune on some seeds and report on others.
 
 >>> from tolerax.problems.library import quadratic
@@ -25,4 +36,8 @@ from tolerax.problems.library.experts import field_of_experts as field_of_expert
 from tolerax.problems.library.penalties import DigitsPenalties as DigitsPenalties
 from tolerax.problems.library.penalties import digits_penalties as digits_penalties
 from tolerax.problems.library.pictures import Denoising as Denoising
+from tolerax.problems.library.surrogates import LibrarySurrogate as LibrarySurrogate
+from tolerax.problems.library.surrogates import digits_counterfactual as digits_counterfactual
+from tolerax.problems.library.surrogates import image_mixture as image_mixture
+from tolerax.problems.library.surrogates import reactor as reactor
 from tolerax.problems.library.total_variation import tv_denoising as tv_denoising
