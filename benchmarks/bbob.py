@@ -239,7 +239,7 @@ def _weierstrass(p: Instance, x: Array) -> Array:
     return 10 * (mean - series(jnp.zeros(()))) ** 3 + 10 / x.size * _outside(x)
 
 
-def _schaffers(condition: float):  # noqa: ANN202
+def _schaffers(condition: float):
     def fun(p: Instance, x: Array) -> Array:
         z = _skewed(p.rotation @ (x - p.x_opt), 0.5)
         z = condition ** (0.5 * _ramp(x.size)) * (p.other @ z)

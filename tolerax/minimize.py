@@ -38,6 +38,7 @@ from tolerax.solvers.hoag import HOAG
 from tolerax.solvers.hopping import ConsensusHopping
 from tolerax.solvers.line_search import InexactLineSearch
 from tolerax.solvers.maid import MAID
+from tolerax.solvers.model_trust_region import ModelTrustRegion
 from tolerax.status import Status
 
 #: What `method=` may be: a solver is made by calling the entry. New solvers are added here.
@@ -49,6 +50,7 @@ METHODS: dict[str, Callable[[], Solver]] = {
     "cbo": CBO,
     "consensus-hopping": ConsensusHopping,
     "consensus-freezing": ConsensusFreezing,
+    "model-trust-region": ModelTrustRegion,
 }
 
 #: Codes of `OptimizeResult.status`: 0 is success; 1, 2, 3 and 99 are those of SciPy's BFGS.
@@ -115,8 +117,8 @@ def minimize(
     - `x0`: the start. Integers are cast; a point outside `bounds` is moved inside, with a warning.
     - `args`: further arguments of `fun` and `jac`; a single one may stand without its tuple.
     - `method`: `"line-search"` (default), `"steepest-descent"`, `"maid"`, `"hoag"`; `"cbo"`,
-      `"consensus-hopping"`, `"consensus-freezing"` (by values at many points); or a solver of this
-      library.
+      `"consensus-hopping"`, `"consensus-freezing"` (by values at many points);
+      `"model-trust-region"` (by values at few points); or a solver of this library.
     - `jac`: `None`; `True` when `fun` returns `(value, gradient)`; a callable `jac(x, *args)`;
       `"2-point"` (forward differences, central ones where the accuracy needs them) or `"3-point"`
       (central differences). With a string `fun` is always called as Python code.

@@ -5,7 +5,6 @@ Source: Hansen (arXiv 1604.00772), for the distribution and its constants; Hanse
 surrogate assisted CMA-ES" (GECCO 2019), for the ranking by a quadratic.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -46,9 +45,7 @@ def constants(n: int, size: int) -> Constants:
     c_c = (4 + mass / n) / (n + 4 + 2 * mass / n)
     c_1 = 2 / ((n + 1.3) ** 2 + mass)
     c_mu = min(1 - c_1, 2 * (0.25 + mass + 1 / mass - 2) / ((n + 2) ** 2 + mass))
-    total = min(
-        1 + c_1 / c_mu, 1 + 2 * mass_down / (mass + 2), (1 - c_1 - c_mu) / (n * c_mu)
-    )
+    total = min(1 + c_1 / c_mu, 1 + 2 * mass_down / (mass + 2), (1 - c_1 - c_mu) / (n * c_mu))
     weights = np.where(raw > 0, raw / up.sum(), raw / -min(down.sum(), -1e-300) * total)
     c_sigma = (mass + 2) / (n + mass + 5)
     d_sigma = 1 + 2 * max(0, math.sqrt((mass - 1) / (n + 1)) - 1) + c_sigma
@@ -148,9 +145,7 @@ def feature_count(n: int) -> int:
     return 1 + 2 * n + (n * (n - 1) // 2 if n <= FULL_UP_TO else 0)
 
 
-def fitted(
-    z: Points, values: Float[Array, " m"], mask: Bool[Array, " m"]
-) -> Float[Array, " k"]:
+def fitted(z: Points, values: Float[Array, " m"], mask: Bool[Array, " m"]) -> Float[Array, " k"]:
     """The coefficients of `features` that fit values best, the lowest ones most (the weight of a
     square falls from 20 to 1 with the rank), and curve little where data leave that open."""
     n = z.shape[1]
@@ -195,4 +190,4 @@ def quadratic_of(
     return g, H
 
 
-__all__ = ["Evolution", "agreement", "dataclasses", "fitted", "quadratic_of", "sample_size"]
+__all__ = ["Evolution", "agreement", "fitted", "quadratic_of", "sample_size"]

@@ -76,8 +76,7 @@ def basis(points: Points, mask: Bool[Array, " m"], fixed: Bool[Array, " n"] | No
     >>> q.g, q.H
     (Array([0., 1.], dtype=float64), Array([[2., 0.], [0., 0.]], dtype=float64))
     """
-    m, n = points.shape
-    dtype = points.dtype
+    n, dtype = points.shape[1], points.dtype
     points = jnp.where(mask[:, None], points, 0)
     products = 0.5 * (points @ points.T) ** 2
     products = products + jnp.diag(jnp.where(mask, 0, 1).astype(dtype))

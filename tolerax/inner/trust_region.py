@@ -1,5 +1,7 @@
 """The minimum of a quadratic within a ball and a box."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -40,7 +42,7 @@ def in_ball(g: Vector, H: Matrix, radius: Float[Array, ""]) -> Vector:
         norm = jnp.linalg.norm(s)
         return norm, jnp.sum(s * s / d)
 
-    def newton(_: int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def newton(_: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         t, low, high = carry
         norm, slope = lengths(t)
         long = norm > radius
@@ -59,7 +61,7 @@ def in_ball(g: Vector, H: Matrix, radius: Float[Array, ""]) -> Vector:
 def in_ball_and_box(
     g: Vector, H: Matrix, radius: Float[Array, ""], low: Vector, high: Vector
 ) -> Vector:
-    """A step with `|s| <= radius` and `low <= s <= high` (which holds 0) that lowers `g's + s'Hs/2`.
+    """A step with `|s| <= radius` and `low <= s <= high`, which hold 0, that lowers `g's + s'Hs/2`.
 
     The minimizer in the ball, as long as it stays in the box; where the way there leaves it, the
     coordinate that leaves first is fixed at its bound, and the rest is minimized again: at most n
@@ -81,7 +83,7 @@ def in_ball_and_box(
         slope = jnp.where(free, g + H @ fixed, 0)
         both = free[:, None] & free[None, :]
         stiff = jnp.max(jnp.abs(H)) + 1
-        goal = in_ball(slope, jnp.where(both, H, jnp.where(free, 0, stiff) * jnp.eye(n)), rest)
+        goal = in_ball(slope, jnp.where(both, H, jnp.diag(jnp.where(free, 0, stiff))), rest)
         goal = jnp.where(free, goal, fixed)
         way = goal - s
         room = jnp.where(way > 0, high - s, s - low)

@@ -19,4 +19,5 @@ from tolerax.solvers.hopping import ConsensusHopping as ConsensusHopping
 from tolerax.solvers.kalman import EnsembleKalmanInversion as EnsembleKalmanInversion
 from tolerax.solvers.line_search import InexactLineSearch as InexactLineSearch
 from tolerax.solvers.maid import MAID as MAID
+from tolerax.solvers.model_trust_region import ModelTrustRegion as ModelTrustRegion
 from tolerax.solvers.sampling import ConsensusSampling as ConsensusSampling

@@ -80,28 +80,26 @@ def opened(
     points: Float[Array, "k n"],
     values: Float[Array, " k"],
     sides: Sides,
-    capacity: int,
     radius: Scalar,
     end: Scalar,
 ) -> Region:
     """A region begun with the points of a star."""
     k, n = points.shape
     dtype = points.dtype
-    extra = capacity - k
     zero, false = jnp.zeros((), dtype), jnp.array(False)
     # Points on an axis without room coincide with the center.
     used = jnp.concatenate([jnp.ones(1, bool), ~sides.fixed, ~sides.fixed])
     return Region(
-        points=jnp.pad(points, ((0, extra), (0, 0))),
-        values=jnp.pad(believable(values), (0, extra)),
-        used=jnp.pad(used, (0, extra)),
+        points=points,
+        values=believable(values),
+        used=used,
         H=jnp.zeros((n, n), dtype),
         radius=radius,
         floor=radius,
         end=end,
         trial=points[0],
         promised=zero,
-        influence=jnp.zeros(capacity, dtype),
+        influence=jnp.zeros(k, dtype),
         slot=jnp.array(-1),
         improve=false,
         shrink=false,
@@ -196,13 +194,13 @@ def _spreading(
     _, g, H = shared.lagrange(slot)
     length = jnp.maximum(jnp.minimum(0.1 * away, 0.5), region.floor / region.radius)
     length = jnp.minimum(length, 1.0)
-    up = in_ball_and_box(-g, -H, length, low, high)
-    down = in_ball_and_box(g, H, length, low, high)
+    least = lambda sign: in_ball_and_box(sign * g, sign * H, length, low, high)  # noqa: E731
+    up, down = jax.lax.map(least, jnp.array([-1, 1], g.dtype))
     size = lambda s: jnp.abs(g @ s + 0.5 * (H @ s) @ s)  # noqa: E731
     return jnp.where(size(up) >= size(down), up, down)
 
 
-def told(region: Region, value: Scalar, sides: Sides) -> Region:
+def told(region: Region, value: Scalar) -> Region:
     """The region after the value of its trial point."""
     best = region.best
     lowest = region.values[best]
