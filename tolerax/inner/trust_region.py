@@ -22,8 +22,8 @@ def in_ball(g: Vector, H: Matrix, radius: Float[Array, ""]) -> Vector:
     Source: Moré, Sorensen (*SIAM J. Sci. Stat. Comput.* 4, 1983).
 
     >>> import jax.numpy as jnp
-    >>> in_ball(jnp.array([1.0, 0.0]), jnp.diag(jnp.array([1.0, -1.0])), jnp.array(2.0)).round(3)
-    Array([-0.5  ,  1.936], dtype=float64)
+    >>> in_ball(jnp.array([3.0, 0.0]), jnp.diag(jnp.array([1.0, 4.0])), jnp.array(2.0)).round(6)
+    Array([-2.,  0.], dtype=float64)
     """
     eps = jnp.finfo(g.dtype).eps
     values, vectors = jnp.linalg.eigh(H)
