@@ -25,6 +25,7 @@ from tolerax.solvers import HOAG as HOAG
 from tolerax.solvers import MAID as MAID
 from tolerax.solvers import BatchedLevenbergMarquardt as BatchedLevenbergMarquardt
 from tolerax.solvers import InexactLineSearch as InexactLineSearch
+from tolerax.solvers import InexactNewton as InexactNewton
 from tolerax.solvers import ModelTrustRegion as ModelTrustRegion
 from tolerax.status import PointStatus as PointStatus
 from tolerax.status import Status as Status

@@ -219,11 +219,14 @@ def _candidate(
     if evaluation.gradient is None:
         norm = jnp.full_like(value, jnp.inf)
     else:
+        projected = _projected(query.x, evaluation.gradient, run.bounds)
+        metric = evaluation.metric
+        representer = projected if metric is None else metric.solve(projected)
         squares = [
-            jnp.sum(leaf.astype(dtype) ** 2, axis=tuple(range(axes, leaf.ndim)))
-            for leaf in jax.tree.leaves(_projected(query.x, evaluation.gradient, run.bounds))
+            jnp.sum((g * r).astype(dtype), axis=tuple(range(axes, g.ndim)))
+            for g, r in zip(jax.tree.leaves(projected), jax.tree.leaves(representer), strict=True)
         ]
-        norm = jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
+        norm = jnp.sqrt(jnp.maximum(sum(squares, jnp.zeros((), dtype)), 0))
     if best.gradient is not None:
         unknown = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), x)
         gradient = unknown if evaluation.gradient is None else evaluation.gradient

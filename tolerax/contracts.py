@@ -155,6 +155,37 @@ class LinearMap(Protocol):
     def mv(self, vector: PyTree, /) -> PyTree: ...
 
 
+class Product(eqx.Module):
+    """A product with an operator that is itself a computation.
+
+    - `vector`: the product. `error`: bound on what the linear solves within left of it, in the
+      units of `Evaluation.gradient_error`. `work`: what they took.
+    """
+
+    vector: PyTree[Float[Array, "..."]]
+    error: Float[Array, ""]
+    work: Work
+
+
+def product(operator: Any, vector: PyTree, tolerance: ArrayLike) -> Product:
+    """The product of an operator of an evaluation with a vector.
+
+    - `tolerance`: relative, on every linear solve within: the third tolerance beside those of state
+      and adjoint, from which it inherits nothing. Operators that have a method `product(vector,
+      tolerance)` are given it; others are exact and count as one Hessian product.
+
+    >>> import jax.numpy as jnp, tolerax
+    >>> query = tolerax.Query(jnp.ones(2), tolerax.Accuracy(1.0, 1.0), derivatives=2)
+    >>> hessian = tolerax.Objective(lambda x: jnp.sum(x**3)).evaluate(query).hessian
+    >>> product(hessian, jnp.array([1.0, 0.0]), 0.1).vector
+    Array([6., 0.], dtype=float64)
+    """
+    if hasattr(operator, "product"):
+        return operator.product(vector, tolerance)
+    zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(vector)))
+    return Product(operator.mv(vector), zero, Work(hessian_products=1))
+
+
 class Query(eqx.Module):
     """What a solver asks.
 
@@ -188,12 +219,17 @@ class Evaluation(eqx.Module):
     """What a problem answers. For a batch every array has a leading axis, but `work` is the total.
 
     - `value`, `value_error`: the truth lies in `value +- value_error`.
-    - `gradient`, `gradient_error`: the true gradient lies within `gradient_error` in the Euclidean
-      norm; `gradient_error_parts` says how much of it comes from the state and from the adjoint,
-      so that a solver tightens what dominates.
+    - `gradient`, `gradient_error`: the true gradient lies within `gradient_error`, in the dual norm
+      of `metric` (Euclidean without one); `gradient_error_parts` says how much of it comes from the
+      state and from the adjoint, so that a solver tightens what dominates.
     - `achieved`: the errors achieved in state and adjoint, in the units of the request.
-    - `hessian`: an operator with `mv`, at this point. With constraints, `mv(vector, multipliers)`
-      is a product with the Hessian of `value + <multipliers, constraints>`.
+    - `metric`: the inner product in which x is to be measured, a [`Metric`][]; `None`: the
+      Euclidean one. Steps have its norm, gradients the dual one.
+    - `hessian`: an operator with `mv`, at this point; where a product takes linear solves, also
+      with `product(vector, tolerance)` (see `tolerax.contracts.product`), and where the problem has
+      one, with `gauss_newton()`, the positive semidefinite part. With constraints,
+      `mv(vector, multipliers)` is a product with the Hessian of `value + <multipliers,
+      constraints>`.
     - `constraints`: constraint values, a pytree like `Problem.constraint_bounds`; `jacobian`: their
       Jacobian operator, with `mv` and `rmv`, where gradients are asked for; `violation`: the
       largest amount by which one is out of its bounds (0 when feasible).
@@ -212,6 +248,7 @@ class Evaluation(eqx.Module):
     work: Work
     status: Any
     carry: PyTree = None
+    metric: Any = None
     hessian: Any = None
     constraints: PyTree = None
     jacobian: Any = None
@@ -443,6 +480,7 @@ __all__ = [
     "Evaluation",
     "LinearMap",
     "Problem",
+    "Product",
     "Provenance",
     "Query",
     "Solver",
@@ -451,5 +489,6 @@ __all__ = [
     "Work",
     "constrained",
     "exact_evaluation",
+    "product",
     "tree_all_finite",
 ]

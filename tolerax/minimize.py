@@ -39,12 +39,14 @@ from tolerax.solvers.hopping import ConsensusHopping
 from tolerax.solvers.line_search import InexactLineSearch
 from tolerax.solvers.maid import MAID
 from tolerax.solvers.model_trust_region import ModelTrustRegion
+from tolerax.solvers.newton import InexactNewton
 from tolerax.status import Status
 
 #: What `method=` may be: a solver is made by calling the entry. New solvers are added here.
 METHODS: dict[str, Callable[[], Solver]] = {
     "line-search": InexactLineSearch,
     "steepest-descent": functools.partial(InexactLineSearch, memory=0),
+    "newton": InexactNewton,
     "maid": MAID,
     "hoag": HOAG,
     "cbo": CBO,

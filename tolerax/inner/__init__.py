@@ -10,6 +10,7 @@ from tolerax.inner.gmres import GMRES as GMRES
 from tolerax.inner.krylov import CG as CG
 from tolerax.inner.levenberg_marquardt import BatchedLevenbergMarquardt as BatchedLevenbergMarquardt
 from tolerax.inner.levenberg_marquardt import LeastSquaresResult as LeastSquaresResult
+from tolerax.inner.metric import Metric as Metric
 from tolerax.inner.minimizers import LBFGS as LBFGS
 from tolerax.inner.minimizers import AcceleratedGradient as AcceleratedGradient
 from tolerax.inner.minimizers import NewtonCG as NewtonCG

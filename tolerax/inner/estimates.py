@@ -69,17 +69,19 @@ def largest_singular_value(
     start: Vector,
     steps: int = 2,
     dual: Callable[[Array], Array] = lambda u: u,
+    norm: Callable[[Vector], Array] = jnp.linalg.norm,
 ) -> tuple[Float[Array, ""], Vector]:
     """Largest singular value by power iteration, from below, and its right vector.
 
     `2 * steps` applications; starting from the vector of an earlier call makes it tight. Images u
-    are measured in the norm `sqrt(u' dual(u))`.
+    are measured in the norm `sqrt(u' dual(u))`, vectors in `norm`, in whose inner product
+    `backward` has to be the adjoint.
     """
     tiny = jnp.finfo(start.dtype).tiny
 
     def body(_: ArrayLike, carry: tuple) -> tuple:
         v, _ = carry
-        v = v / jnp.maximum(jnp.linalg.norm(v), tiny)
+        v = v / jnp.maximum(norm(v), tiny)
         u = forward(v)
         w = dual(u)
         return backward(w), jnp.sqrt(jnp.maximum(jnp.vdot(u, w), 0))

@@ -1,5 +1,7 @@
 """Limited-memory quasi-Newton directions (two-loop recursion; Nocedal & Wright, algorithm 7.4)."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -27,13 +29,17 @@ def add_pair(pairs: Pairs, s: Float[Array, " n"], y: Float[Array, " n"]) -> Pair
 
 
 def inverse_product(
-    pairs: Pairs, z: Float[Array, " n"], free: Bool[Array, " n"]
+    pairs: Pairs,
+    z: Float[Array, " n"],
+    free: Bool[Array, " n"],
+    riesz: Callable[[Float[Array, " n"]], Float[Array, " n"]] = lambda g: g,
 ) -> Float[Array, " n"]:
     """`H z` on the free variables, with `H` the L-BFGS inverse Hessian there (0 elsewhere).
 
     Pairs are restricted to the free variables; those that keep less than a fifth of their curvature
     there are left out: what is left of it is a difference of larger parts, and its inverse would
-    make long steps of it. With an empty memory this is `z`.
+    make long steps of it. With an empty memory this is `z`, or `riesz(z)`: the inverse of the inner
+    product in which x is measured takes the place of the identity that H is built from.
     """
     memory = pairs.s.shape[0]
     order = (pairs.count - 1 - jnp.arange(memory)) % memory  # newest first
@@ -52,11 +58,13 @@ def inverse_product(
 
     q, a = jax.lax.scan(down, z, (s, y, rho))
     newest = jnp.argmax(usable)
-    scale = jnp.where(jnp.any(usable), sy[newest] / jnp.where(usable, yy, 1)[newest], 1)
+    yry = jnp.dot(y[newest], riesz(y[newest]))
+    known = jnp.any(usable)
+    scale = jnp.where(known, sy[newest] / jnp.where(known, yry, 1), 1)
 
     def up(r: Array, pair: tuple) -> tuple[Array, None]:
         s, y, rho, a = pair
         return r + s * (a - rho * jnp.dot(y, r)), None
 
-    r, _ = jax.lax.scan(up, scale * q, (s, y, rho, a), reverse=True)
+    r, _ = jax.lax.scan(up, scale * jnp.where(free, riesz(q), 0), (s, y, rho, a), reverse=True)
     return r

@@ -157,10 +157,21 @@ class Minimization(eqx.Module):
         return 1 / jnp.sqrt(share), {"least": jnp.where(curvature < 0.99, least, forget)}
 
     def solve_transpose(
-        self, at: Fixed, known: Known, y: Vector, b: Vector, tolerance: Scalar
+        self,
+        at: Fixed,
+        known: Known,
+        y: Vector,
+        b: Vector,
+        tolerance: Scalar,
+        relative: ArrayLike = 0.0,
     ) -> LinearResult:
-        """Solve with the (symmetric) lower-level Hessian at y."""
-        return self._linear(at, known, y, b, tolerance, None)
+        """Solve with the (symmetric) lower-level Hessian at y, to a tolerance or to `relative`
+        times the size of the solution."""
+        return self._linear(at, known, y, b, tolerance, None, relative)
+
+    def linear_work(self, products: ArrayLike) -> Work:
+        """What linear solves of so many products cost."""
+        return Work(hessian_products=products, linear_iterations=products)
 
     solve_linear = solve_transpose
 
@@ -172,6 +183,7 @@ class Minimization(eqx.Module):
         b: Vector,
         tolerance: Scalar,
         guess: Vector | None,
+        relative: ArrayLike = 0.0,
     ) -> LinearResult:
         lower = self.smooth(at, known)
         return self.adjoint_solver(
@@ -179,6 +191,7 @@ class Minimization(eqx.Module):
             b,
             lower_bound=known.lower_bound,
             tolerance=tolerance,
+            relative=relative,
             guess=guess,
             preconditioner=lower.diagonal(y),
             memory=known.memory,
@@ -355,6 +368,8 @@ class Energy(Minimization):
             errors.value + q_norm * state.rounding,
             errors.from_state,
             errors.from_adjoint + 8 * eps * cross.adjoint * q_norm,
+            errors.per_state,
+            errors.per_adjoint,
         )
         return j - jnp.dot(q, r), errors, estimates, Work(hessian_products=products)
 
@@ -452,7 +467,10 @@ class Euclidean(Minimization):
         from_state = cross.state * eps + (cross.adjoint + cross.both * eps) * change * eps
         from_adjoint = (cross.adjoint + cross.both * eps) * adjoint.error / mu
         value = jnp.linalg.norm(g_y) * eps + 0.5 * l_g * eps * eps
-        errors = Errors(value, from_state, from_adjoint)
+        # Linear solves report errors in the energy norm, which is at least sqrt(mu) times this one.
+        root = jnp.sqrt(mu)
+        per_state = (cross.state + cross.adjoint * change) / root
+        errors = Errors(value, from_state, from_adjoint, per_state, cross.adjoint / root)
         estimates = _merged(state.estimates, adjoint.estimates)
         return j, errors, estimates, Work(hessian_products=products + 4)
 

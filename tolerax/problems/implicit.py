@@ -7,6 +7,7 @@ errors, computed from the residuals that were achieved:
     gradient  J_x(y, x) - F_x(y, x)' q
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +21,13 @@ from tolerax.contracts import (
     Accuracy,
     Evaluation,
     Problem,
+    Product,
     Provenance,
     Query,
     Work,
     tree_all_finite,
 )
+from tolerax.inner.metric import Metric
 from tolerax.status import PointStatus
 
 Vector = Float[Array, " n"]
@@ -74,6 +77,24 @@ class Fixed:
             pairing = jnp.vdot(ravel_pytree(problem.residual(y_tree, x))[0], q)
         return problem.cost(y_tree, x) - pairing
 
+    def riesz_x(self, g: Float[Array, " m"]) -> Float[Array, " m"]:
+        """R^-1 g for what is like the gradient in x, with R the metric of the problem."""
+        metric = self.problem.metric
+        return g if metric is None else ravel_pytree(metric.solve(self.unravel_x(g)))[0]
+
+    def norm_x(self, v: Float[Array, " m"]) -> Scalar:
+        """The norm of what is like x."""
+        metric = self.problem.metric
+        if metric is None:
+            return jnp.linalg.norm(v)
+        return jnp.sqrt(jnp.maximum(jnp.dot(v, ravel_pytree(metric.mv(self.unravel_x(v)))[0]), 0))
+
+    def dual_x(self, g: Float[Array, " m"]) -> Scalar:
+        """The dual norm, that of gradients."""
+        if self.problem.metric is None:
+            return jnp.linalg.norm(g)
+        return jnp.sqrt(jnp.maximum(jnp.dot(g, self.riesz_x(g)), 0))
+
     def constant(self, value: Any) -> Scalar:
         """A constant of the problem at x as a scalar."""
         from tolerax.problems.constants import constant
@@ -108,6 +129,8 @@ class Implicit(Problem):
     - `norm`: how state and adjoint are solved, how errors are measured and which constants bound
       them: [`Energy`][], [`Euclidean`][] (both with a `potential`) or [`Stability`][] (with a
       `residual`).
+    - `metric`: the inner product on x in which solvers measure steps and gradients: a positive
+      number or a pytree of weights like x, or a [`Metric`][]; `None` for the Euclidean one.
     - `bounds`: pair of pytrees like x, or scalars.
 
     The three tolerances are separate: `Accuracy.state` is on the state, `Accuracy.adjoint` on the
@@ -120,6 +143,7 @@ class Implicit(Problem):
     potential: Callable[[PyTree, PyTree], Scalar] | None
     norm: Any
     bounds: tuple[PyTree, PyTree] | None
+    metric: Metric | None
 
     def __init__(
         self,
@@ -129,6 +153,7 @@ class Implicit(Problem):
         residual: Callable[[PyTree, PyTree], PyTree] | None = None,
         potential: Callable[[PyTree, PyTree], Scalar] | None = None,
         norm: Any,
+        metric: Any = None,
         bounds: tuple[PyTree, PyTree] | None = None,
     ):
         if (residual is None) == (potential is None):
@@ -145,6 +170,7 @@ class Implicit(Problem):
         self.residual = residual
         self.potential = potential
         self.norm = norm
+        self.metric = Metric.of(metric)
         self.bounds = bounds
 
     @property
@@ -160,7 +186,8 @@ class Implicit(Problem):
             carry = self.cold_start() if query.carry is None else query.carry
             cutoff = jnp.inf if query.cutoff is None else query.cutoff
             effort = jnp.inf if query.effort is None else query.effort
-            return self._point(query.x, query.accuracy, carry, query.derivatives, cutoff, effort)
+            answer = self._point(query.x, query.accuracy, carry, query.derivatives, cutoff, effort)
+            return dataclasses.replace(answer, metric=self.metric)
         count = query.mask.shape[0]
         carry = query.carry
         if carry is None:
@@ -201,7 +228,7 @@ class Implicit(Problem):
         eps = jnp.finfo(y.dtype).eps
         size = jnp.abs(j) + jnp.linalg.norm(q) * jnp.linalg.norm(r)
         value_error = errors.value + 8 * eps * size
-        from_adjoint = errors.from_adjoint + 16 * eps * jnp.linalg.norm(gradient)
+        from_adjoint = errors.from_adjoint + 16 * eps * at.dual_x(gradient)
         parts = Accuracy(errors.from_state, from_adjoint)
         finite = jnp.isfinite(value) & tree_all_finite((gradient, y, q))
         status = _worse(state.status, adjoint.status)
@@ -211,7 +238,8 @@ class Implicit(Problem):
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, carry)
         hessian = None
         if derivatives > 1:
-            hessian = ReducedHessian(self, x, y, q, known, accuracy.adjoint)
+            shows = (errors.per_state, errors.per_adjoint)
+            hessian = ReducedHessian(self, x, y, q, known, shows, accuracy.adjoint)
         one = Work(points=1, values=1, gradients=1)
         return Evaluation(
             value=value,
@@ -339,7 +367,9 @@ class ReducedHessian(eqx.Module):
     """Products with the Hessian of phi at a point, through the adjoint equation.
 
     With the Lagrangian L = J - <q, F>, `y' = -F_y^-1 F_x v` and `F_y' q' = L_yx v + L_yy y'`, the
-    product is `L_xx v + L_xy y' - F_x' q'`: two linear solves, never a derivative of one.
+    product is `L_xx v + L_xy y' - F_x' q'`: two linear solves, never a derivative of one. The
+    Gauss-Newton product leaves out the second derivatives of F: J takes the place of L, and where J
+    is convex the product with v is nowhere against v.
     """
 
     problem: Implicit
@@ -347,23 +377,41 @@ class ReducedHessian(eqx.Module):
     y: Vector
     q: Vector
     known: Any
+    shows: tuple[Scalar, Scalar]
     tolerance: Scalar
 
     def mv(self, vector: PyTree) -> PyTree:
-        """The Hessian of phi times `vector`, a pytree like x."""
+        """The Hessian of phi times `vector`, a pytree like x; errors of the solves within, for each
+        unit of `vector`, at most the adjoint tolerance of the query."""
+        scale = jnp.linalg.norm(ravel_pytree(vector)[0])
+        tolerance = self.tolerance * jnp.maximum(scale, jnp.finfo(scale.dtype).tiny)
+        return self._product(vector, tolerance, 0.0).vector
+
+    def product(self, vector: PyTree, tolerance: ArrayLike) -> Product:
+        """The same with a relative tolerance for both linear solves; and what that led to."""
+        return self._product(vector, jnp.zeros_like(self.tolerance), tolerance)
+
+    def gauss_newton(self) -> "ReducedHessian":
+        """The operator without the second derivatives of F."""
+        return dataclasses.replace(self, q=jnp.zeros_like(self.q))
+
+    def _product(self, vector: PyTree, tolerance: Scalar, relative: ArrayLike) -> Product:
         at = Fixed(self.problem, self.x)
         v = ravel_pytree(vector)[0]
         norm, known, y, q = self.problem.norm, self.known, self.y, self.q
-        scale = jnp.maximum(jnp.linalg.norm(v), jnp.finfo(v.dtype).tiny)
-        tolerance = self.tolerance * scale
 
         def f_of_x(flat_x: Float[Array, " m"]) -> Vector:
             return -jax.grad(at.lagrangian, argnums=1)(y, q, flat_x)
 
         f_x_v = jax.jvp(f_of_x, (at.flat_x,), (v,))[1]
-        dy = norm.solve_linear(at, known, y, -f_x_v, tolerance).x
+        forward = norm.solve_linear(at, known, y, -f_x_v, tolerance, relative)
         gradients = lambda y, x: jax.grad(at.lagrangian, argnums=(0, 2))(y, q, x)  # noqa: E731
-        l_y, l_x = jax.jvp(gradients, (y, at.flat_x), (dy, v))[1]
-        dq = norm.solve_transpose(at, known, y, l_y, tolerance).x
-        last = jax.vjp(f_of_x, at.flat_x)[1](dq)[0]
-        return at.unravel_x(l_x - last)
+        l_y, l_x = jax.jvp(gradients, (y, at.flat_x), (forward.x, v))[1]
+        backward = norm.solve_transpose(at, known, y, l_y, tolerance, relative)
+        last = jax.vjp(f_of_x, at.flat_x)[1](backward.x)[0]
+        per_state, per_adjoint = self.shows
+        return Product(
+            at.unravel_x(l_x - last),
+            per_state * forward.error + per_adjoint * backward.error,
+            norm.linear_work(forward.products + backward.products),
+        )

@@ -24,6 +24,8 @@ SAFETY = 4.0  # estimates of upper bounds are raised by this factor
 class CrossBounds(eqx.Module):
     """Bounds on the cross derivative F_x(y, x) at a point (y, q), in the energy norm of H = F_y.
 
+    Norms of what is like x are the dual norms of the metric of the problem, |.|_2 without one.
+
     - `adjoint`: B1 >= `|F_x' w|_2` for all w with `w'Hw <= 1`.
     - `state`: B2 >= `|d/dy [grad_x J - F_x' q] e|_2` for all e with `e'He <= 1`.
     - `both`: B12 with `|(F_x(y + e) - F_x(y))' w|_2 <= B12 |e|_H |w|_H`.
@@ -48,11 +50,17 @@ class CrossBounds(eqx.Module):
 
 
 class Errors(eqx.Module):
-    """Bounds on the errors of value and gradient; `from_state + from_adjoint` bounds the latter."""
+    """Bounds on the errors of value and gradient; `from_state + from_adjoint` bounds the latter.
+
+    `per_state` and `per_adjoint`: how much of an error in the linearized state, and in its adjoint,
+    a product with the Hessian can show.
+    """
 
     value: Scalar
     from_state: Scalar
     from_adjoint: Scalar
+    per_state: Scalar
+    per_adjoint: Scalar
 
 
 def energy_errors(
@@ -92,7 +100,13 @@ def energy_errors(
     third = _times(cross.third, q_norm * t)
     third = jnp.where((third > 0) & (a > 1), jnp.inf, third)
     direct = cross.state * t + _times(excess(a), third)
-    return Errors(value, direct + _times(factor, from_state), _times(factor, from_adjoint))
+    return Errors(
+        value,
+        direct + _times(factor, from_state),
+        _times(factor, from_adjoint),
+        cross.state + _times(cross.adjoint, smoothness + q_bend),
+        cross.adjoint,
+    )
 
 
 def _times(a: Scalar, b: Scalar) -> Scalar:
@@ -118,7 +132,13 @@ def estimate_cross_in(
     def norm_of(function: Any, point: Vector) -> Scalar:
         forward = jax.linearize(function, point)[1]
         backward = jax.linear_transpose(forward, point)
-        value, _ = largest_singular_value(lambda u: backward(u)[0], forward, start, dual=inverse)
+        value, _ = largest_singular_value(
+            lambda u: backward(u)[0],
+            lambda e: at.riesz_x(forward(e)),
+            start,
+            dual=inverse,
+            norm=at.norm_x,
+        )
         return SAFETY * value
 
     adjoint = norm_of(lambda q: gradient_x(y, q), q)

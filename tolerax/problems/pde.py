@@ -30,6 +30,8 @@ class PDEConstrained(Implicit):
     - `stability`, `curvature`, `smoothness`, `cross`, `monotone`: constants of the bounds, see
       [`Stability`][]; estimated where they are `None`.
     - `symmetric`: whether F_y is symmetric: then [`MINRES`][] takes the place of [`GMRES`][].
+    - `metric`: the inner product on the control, see [`Implicit`][]: for a control on a grid the
+      area of a cell, so that gradients, norms and iteration counts do not depend on the grid.
     - `bounds`: pair of pytrees like u, or scalars.
 
     Cost and residual should be weighted so that tolerances mean something: sums over a grid by the
@@ -68,6 +70,7 @@ class PDEConstrained(Implicit):
         cross: Any = None,
         monotone: bool = False,
         symmetric: bool = False,
+        metric: Any = None,
         bounds: tuple[PyTree, PyTree] | None = None,
     ):
         linear = MINRES() if symmetric else GMRES()
@@ -81,4 +84,4 @@ class PDEConstrained(Implicit):
             state_solver=NewtonKrylov(linear),
             adjoint_solver=linear,
         )
-        super().__init__(cost, y0, residual=residual, norm=norm, bounds=bounds)
+        super().__init__(cost, y0, residual=residual, norm=norm, metric=metric, bounds=bounds)

@@ -198,14 +198,29 @@ class Stability(eqx.Module):
         )
 
     def solve_linear(
-        self, at: Fixed, known: KnownStability, y: Vector, b: Vector, tolerance: Scalar
+        self,
+        at: Fixed,
+        known: KnownStability,
+        y: Vector,
+        b: Vector,
+        tolerance: Scalar,
+        relative: ArrayLike = 0.0,
     ) -> LinearResult:
-        """Solve with F_y at y."""
+        """Solve with F_y at y, to a tolerance or to a residual of `relative` times b."""
         operator = jax.linearize(at.residual, y)[1]
         c, inverse = known.stability, self.inverse(at)
         return self.adjoint_solver(
-            operator, b, tolerance=tolerance, lower_bound=c, preconditioner=inverse
+            operator,
+            b,
+            tolerance=tolerance,
+            relative=relative,
+            lower_bound=c,
+            preconditioner=inverse,
         )
+
+    def linear_work(self, products: ArrayLike) -> Work:
+        """What linear solves of so many products cost."""
+        return self.work(products)
 
     def solve_transpose(
         self,
@@ -214,14 +229,16 @@ class Stability(eqx.Module):
         y: Vector,
         b: Vector,
         tolerance: Scalar,
+        relative: ArrayLike = 0.0,
         guess: Vector | None = None,
     ) -> LinearResult:
-        """Solve with the transpose of F_y at y."""
+        """Solve with the transpose of F_y at y, likewise."""
         pullback = jax.vjp(at.residual, y)[1]
         return self.adjoint_solver(
             lambda w: pullback(w)[0],
             b,
             tolerance=tolerance,
+            relative=relative,
             lower_bound=known.stability,
             guess=guess,
             preconditioner=self.inverse(at),
@@ -237,7 +254,7 @@ class Stability(eqx.Module):
         tolerance: Scalar,
     ) -> Solved:
         """Solve `F_y' q = b` at y from a guess until the error is at most the tolerance."""
-        solve = self.solve_transpose(at, known, y, b, tolerance, guess)
+        solve = self.solve_transpose(at, known, y, b, tolerance, guess=guess)
         status = PointStatus.where(solve.converged, PointStatus.ok, PointStatus.inaccurate)
         error = dual_size(solve.residual, self.inverse(at)) / known.stability
         zero = jnp.zeros((), y.dtype)
@@ -277,7 +294,13 @@ class Stability(eqx.Module):
         bend = known.smoothness + known.curvature * q_norm
         value = s * t + 0.5 * bend * t * t
         factor = (cross.adjoint + cross.both * t) / known.stability
-        errors = Errors(value, cross.state * t + factor * bend * t, factor * s)
+        errors = Errors(
+            value,
+            cross.state * t + factor * bend * t,
+            factor * s,
+            cross.state + cross.adjoint * bend / known.stability,
+            cross.adjoint,
+        )
         corrected = j - jnp.dot(q, state.residual)
         return corrected, errors, dict(state.estimates), self.work(products, solves=3)
 

@@ -20,4 +20,5 @@ from tolerax.solvers.kalman import EnsembleKalmanInversion as EnsembleKalmanInve
 from tolerax.solvers.line_search import InexactLineSearch as InexactLineSearch
 from tolerax.solvers.maid import MAID as MAID
 from tolerax.solvers.model_trust_region import ModelTrustRegion as ModelTrustRegion
+from tolerax.solvers.newton import InexactNewton as InexactNewton
 from tolerax.solvers.sampling import ConsensusSampling as ConsensusSampling

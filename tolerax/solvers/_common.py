@@ -1,5 +1,6 @@
 """What gradient-based solvers share: a flat view of x within its bounds."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -9,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
 from tolerax.contracts import Start
+from tolerax.inner.metric import Metric
 from tolerax.status import PointStatus, Status
 
 
@@ -46,18 +48,53 @@ class Box(eqx.Module):
         return jnp.linalg.norm(jnp.where(self.blocked(x, z), 0, z))
 
 
+class Geometry:
+    """The flat x in the metric of an answer: its own norm for steps, the dual one for gradients."""
+
+    def __init__(self, metric: Metric | None, box: Box):
+        self.metric, self.box = metric, box
+
+    def riesz(self, z: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The gradient that a derivative z stands for: `R^-1 z`."""
+        if self.metric is None:
+            return z
+        return ravel_pytree(self.metric.solve(self.box.unravel(z)))[0]
+
+    def norm(self, v: Float[Array, " n"]) -> Float[Array, ""]:
+        """The norm of a step."""
+        if self.metric is None:
+            return jnp.linalg.norm(v)
+        image = ravel_pytree(self.metric.mv(self.box.unravel(v)))[0]
+        return jnp.sqrt(jnp.maximum(jnp.dot(v, image), 0))
+
+    def dual(self, z: Float[Array, " n"]) -> Float[Array, ""]:
+        """The norm of a derivative."""
+        if self.metric is None:
+            return jnp.linalg.norm(z)
+        return jnp.sqrt(jnp.maximum(jnp.dot(z, self.riesz(z)), 0))
+
+    def stationarity(self, x: Float[Array, " n"], z: Float[Array, " n"]) -> Float[Array, ""]:
+        """The norm of the projected derivative."""
+        return self.dual(jnp.where(self.box.blocked(x, z), 0, z))
+
+
 def select(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
     """`yes` or `no`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
-def resolution(x: Array, moved: Array, change: Array) -> Array:
+def resolution(
+    x: Array,
+    moved: Array,
+    change: Array,
+    dual: Callable[[Array], Array] = jnp.linalg.norm,
+) -> Array:
     """How much rounding x may change the gradient, from its `change` over the last step `moved`:
-    a secant curvature for each variable, at most that of the whole step."""
+    a secant curvature for each variable, at most that of the whole step; in the norm `dual`."""
     length = jnp.linalg.norm(moved)
     whole = jnp.linalg.norm(change) / jnp.where(length > 0, length, 1)
     each = jnp.abs(change) / jnp.where(moved != 0, jnp.abs(moved), jnp.inf)
-    return jnp.finfo(x.dtype).eps * jnp.linalg.norm(jnp.minimum(each, whole) * x)
+    return jnp.finfo(x.dtype).eps * dual(jnp.minimum(each, whole) * x)
 
 
 def success(converged: Any, tolerance: Array, floor: Array) -> Any:

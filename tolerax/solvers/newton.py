@@ -1,0 +1,309 @@
+"""Inexact Newton: truncated conjugate gradients on Hessian products that are themselves solves."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int
+
+from tolerax.contracts import Evaluation, Query, Start, Work, product
+from tolerax.solvers._common import Geometry
+from tolerax.solvers._search import (
+    Answer,
+    Direction,
+    Incumbent,
+    IntervalSearch,
+    SearchState,
+)
+
+Vector = Float[Array, " n"]
+Scalar = Float[Array, ""]
+
+
+class NewtonModel(eqx.Module):
+    """What the next direction is made from.
+
+    - `radius`: the length up to which the quadratic model is trusted; infinite until a step had to
+      be shortened. `length`: of the last step that was accepted; infinite before the first.
+    - `measure`: the norm of the gradient at the last incumbent, `forcing` what was asked there.
+    - `moved`, `change`: the last step and the change of the gradient along it.
+    - `products`: products with the Hessian, `negative` how many directions ended on negative
+      curvature, `work` what the products took.
+    """
+
+    radius: Scalar
+    length: Scalar
+    measure: Scalar
+    forcing: Scalar
+    moved: Vector
+    change: Vector
+    products: Int[Array, ""]
+    negative: Int[Array, ""]
+    work: Work
+
+
+class Truncated(NamedTuple):
+    """The answer of truncated conjugate gradients, in the metric: `d` and `R d`, the residual that
+    is left of the gradient, whether the curvature was negative, products and their work."""
+
+    d: Vector
+    residual: Scalar
+    negative: Bool[Array, ""]
+    products: Int[Array, ""]
+    work: Work
+
+
+class InexactNewton(IntervalSearch):
+    """Newton's method with truncated conjugate gradients, for inexact values, gradients and Hessian
+    products.
+
+    A direction d is found by `(H + lam R) d = -z` to a relative residual that follows the gradient
+    (Eisenstat and Walker); H comes as products, for nested problems by two linear solves each, with
+    a tolerance of their own; R is the metric of the problem, in which the conjugate gradients are
+    preconditioned. So iteration counts do not depend on a grid, and no matrix is ever formed. On
+    the way the tolerances of state and adjoint are adapted as in [`InexactLineSearch`][], with the
+    same tests on intervals of values; bounds are kept by projection, and variables that are at a
+    bound, or would be there after the step, are held (two-metric projection).
+
+    The model is trusted up to a radius: `lam = |z| / radius`, which keeps steps within it where H
+    is positive semidefinite. It is infinite until a step has to be shortened and grows again while
+    steps are as good as the gradient promises. Where the curvature is negative the step follows it,
+    up to the radius or ten times the last step.
+
+    - `rtol`, `atol`, `accuracy`, `share`, `adaptive`, `first_step`: as of [`InexactLineSearch`][].
+    - `forcing`: the largest relative residual of the Newton equation. A small one (1e-10) solves a
+      linear-quadratic problem in one step.
+    - `hessian_share`: relative tolerance of the linear solves in a Hessian product, over that of
+      the Newton equation.
+    - `gauss_newton`: use the positive semidefinite part of the Hessian where the problem has one.
+    - `max_products`: the most products for one direction.
+
+    Sources: Eisenstat and Walker (*SIAM J. Sci. Comput.* 17, 1996); Steihaug (*SIAM J. Numer.
+    Anal.* 20, 1983) for negative curvature; Bertsekas (*SIAM J. Control Optim.* 20, 1982) for the
+    projection; the regularization by the gradient over an adapted radius, and the test by which it
+    grows, are those of gradient-normalized smoothness (arXiv 2506.13710), which begins with
+    radius 1 and solves again where we shorten the step.
+
+    >>> import jax.numpy as jnp, tolerax
+    >>> rosenbrock = lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+    >>> solver = tolerax.InexactNewton()
+    >>> tolerax.solve(tolerax.Objective(rosenbrock), solver, jnp.array([-1.2, 1.0])).x.round(5)
+    Array([1., 1.], dtype=float64)
+    """
+
+    forcing: float = 0.5
+    hessian_share: float = 0.05
+    gauss_newton: bool = eqx.field(static=True, default=False)
+    max_products: int = 200
+
+    derivatives = 2
+    patient = True
+
+    def __check_init__(self):
+        for name in ("forcing", "hessian_share"):
+            value = getattr(self, name)
+            if not isinstance(value, jax.Array) and not 0 < value < 1:
+                raise ValueError(f"{name} is {value}: it must lie between 0 and 1.")
+
+    def init(self, start: Start) -> SearchState:
+        if self.gauss_newton:
+            like: Evaluation = start.answer(
+                Query(start.x, self.accuracy, start.carry, derivatives=2)
+            )
+            if not hasattr(like.hessian, "gauss_newton"):
+                raise ValueError(
+                    "gauss_newton is True, but this problem has no Gauss-Newton operator: leave it "
+                    "out, or use a problem made of residuals (`LeastSquares`) or of an equation."
+                )
+        return super().init(start)
+
+    def work(self, state: SearchState) -> Work:
+        return state.model.work
+
+    def record(self, state: SearchState) -> dict[str, Array]:
+        model = state.model
+        radius = jnp.minimum(model.radius, jnp.finfo(model.radius.dtype).max)
+        return super().record(state) | {"products": model.products, "radius": radius}
+
+    # -- what the search asks for -----------------------------------------------------------------
+
+    def _new_model(self, x: Vector) -> NewtonModel:
+        inf, zero, count = jnp.array(jnp.inf, x.dtype), jnp.zeros_like(x), jnp.array(0, jnp.int32)
+        forcing = jnp.asarray(self.forcing, x.dtype)
+        return NewtonModel(inf, inf, inf, forcing, zero, zero, count, count, Work())
+
+    def _direction(self, state: SearchState, z: Vector, free: Array, answer: Answer) -> Direction:
+        now, geometry, model = state.now, answer.geometry, state.model
+        operator = answer.hessian.gauss_newton() if self.gauss_newton else answer.hessian
+        g = jnp.where(free, geometry.riesz(z), 0)
+        measure = geometry.dual(z)
+        forcing = self._forcing(state, measure)
+        # What a gradient step takes to its bound goes there, the rest moves by Newton's equation.
+        held, to_bound = _held(state, g, free)
+        inside = free & ~held
+        # A gradient that is mostly error is not worth a product.
+        ready = now.z_error <= 0.3 * measure
+        going = ready & ~state.done & ~state.restarted
+        lam = measure / model.radius
+        longest = jnp.maximum(jnp.minimum(measure, 1.0), 0.01 * geometry.norm(now.x))
+        longest = jnp.where(jnp.isfinite(model.length), 10 * model.length, longest)
+        found = jax.lax.cond(
+            going,
+            lambda: self._truncated(
+                operator,
+                jnp.where(inside, z, 0),
+                inside,
+                lam,
+                forcing,
+                jnp.minimum(longest, model.radius),
+                geometry,
+            ),
+            lambda: Truncated(
+                -g, measure, jnp.array(False), jnp.zeros_like(model.products), Work()
+            ),
+        )
+        h = jnp.where(going & held, to_bound, -found.d)
+        known = jnp.all(jnp.isfinite(h)) & (jnp.dot(z, h) > 0)
+        h = jnp.where(known, h, g)
+        new = eqx.tree_at(
+            lambda m: (m.forcing, m.measure, m.products, m.negative, m.work),
+            model,
+            (
+                jnp.where(going, forcing, model.forcing),
+                jnp.where(going, measure, model.measure),
+                model.products + found.products,
+                model.negative + found.negative,
+                model.work + found.work,
+            ),
+        )
+        fresh = state.restarted | ~known
+        return Direction(h, fresh, ready, forcing * measure, new)
+
+    def _forcing(self, state: SearchState, measure: Scalar) -> Scalar:
+        """The relative residual to be left of the Newton equation."""
+        enough = 0.5 * self._tolerance(state) / jnp.where(measure > 0, measure, 1)
+        by_progress = jnp.sqrt(measure / jnp.where(state.scale > 0, state.scale, 1))
+        eta = jnp.minimum(self.forcing, by_progress)
+        return jnp.clip(jnp.maximum(eta, enough), 1e-14, 0.5).astype(measure.dtype)
+
+    def _truncated(
+        self,
+        operator: Any,
+        z: Vector,
+        free: Array,
+        lam: Scalar,
+        forcing: Scalar,
+        longest: Scalar,
+        geometry: Geometry,
+    ) -> Truncated:
+        """Conjugate gradients on `(H + lam R) d = -z` over the free variables, preconditioned by
+        R^-1. R times a direction is a sum of residuals: R itself is never applied."""
+        unravel = geometry.box.unravel
+        inner = lambda r: jnp.where(free, geometry.riesz(r), 0)  # noqa: E731
+        s = inner(-z)
+        size = jnp.sqrt(jnp.maximum(jnp.dot(-z, s), 0))
+        zero, tiny = jnp.zeros_like(z), jnp.finfo(z.dtype).tiny
+        shape = jax.eval_shape(lambda: product(operator, unravel(z), forcing).work)
+        no_work = jax.tree.map(lambda n: jnp.zeros(n.shape, n.dtype), shape)
+
+        def unfinished(loop: tuple) -> Bool[Array, ""]:
+            *_, rs, step, negative, _ = loop
+            left = jnp.sqrt(jnp.maximum(rs, 0)) > forcing * size
+            return left & ~negative & (step < self.max_products)
+
+        def body(loop: tuple) -> tuple:
+            d, dual_d, r, p, dual_p, rs, step, _, work = loop
+            times = product(operator, unravel(p), self.hessian_share * forcing)
+            hp = jnp.where(free, ravel_pytree(times.vector)[0], 0).astype(p.dtype)
+            hp = hp + lam * dual_p
+            curvature, pp = jnp.dot(p, hp), jnp.dot(p, dual_p)
+            negative = ~(curvature > 0)
+            # Along negative curvature as far as the model is trusted: the root of |d + t p|.
+            dp, dd = jnp.dot(p, dual_d), jnp.dot(d, dual_d)
+            room = jnp.maximum(longest**2 - dd, 0)
+            root = room / (dp + jnp.sqrt(jnp.maximum(dp**2 + pp * room, 0)) + tiny)
+            alpha = jnp.where(negative, root, rs / jnp.where(negative, 1, curvature))
+            alpha = jnp.where(jnp.isfinite(curvature), alpha, 0)
+            d, dual_d, r = d + alpha * p, dual_d + alpha * dual_p, r - alpha * hp
+            s = inner(r)
+            rs_new = jnp.dot(r, s)
+            beta = rs_new / jnp.maximum(rs, tiny)
+            return (
+                d,
+                dual_d,
+                r,
+                s + beta * p,
+                r + beta * dual_p,
+                rs_new,
+                step + 1,
+                negative,
+                work + times.work,
+            )
+
+        start = (
+            zero,
+            zero,
+            -z,
+            s,
+            -z,
+            size**2,
+            jnp.array(0, jnp.int32),
+            jnp.array(False),
+            no_work,
+        )
+        d, *_, rs, steps, negative, work = jax.lax.while_loop(unfinished, body, start)
+        return Truncated(d, jnp.sqrt(jnp.maximum(rs, 0)), negative, steps, work)
+
+    def _learned(
+        self, state: SearchState, told: Incumbent, keep: Array, gain: Array, geometry: Geometry
+    ) -> NewtonModel:
+        del keep
+        model, moved = state.model, told.x - state.now.x
+        length = geometry.norm(moved)
+        # As good as the gradient promises: f - f_new >= |z_new|^2 / (8 lam).
+        after = geometry.stationarity(told.x, told.z)
+        lam = model.measure / model.radius
+        good = 8 * lam * gain >= after**2
+        longer = jnp.where(good | (after <= 0.5 * model.measure), 4.0, 1.0) * jnp.maximum(
+            model.radius, length
+        )
+        cut = (state.step < 0.99) & ~state.restarted
+        radius = jnp.where(cut, length, longer)
+        # Beyond all that matters the term is dropped.
+        radius = jnp.where(
+            lam <= 1e-8 * jnp.abs(_rayleigh(moved, told.z - state.now.z, length)),
+            jnp.where(cut, radius, jnp.inf),
+            radius,
+        )
+        return eqx.tree_at(
+            lambda m: (m.radius, m.length, m.moved, m.change),
+            model,
+            (radius, length, moved, told.z - state.now.z),
+        )
+
+    def _forgotten(self, state: SearchState) -> tuple[NewtonModel, Bool[Array, ""]]:
+        length = state.step * jnp.ones_like(state.model.radius)
+        radius = jnp.where(jnp.isfinite(state.model.length), state.model.length, length)
+        return eqx.tree_at(lambda m: m.radius, state.model, radius), jnp.array(True)
+
+    def _last(self, model: NewtonModel) -> tuple[Vector, Vector]:
+        return model.moved, model.change
+
+
+def _rayleigh(moved: Vector, change: Vector, length: Scalar) -> Scalar:
+    """The mean curvature along a step, in the metric."""
+    return jnp.dot(moved, change) / jnp.where(length > 0, length**2, 1)
+
+
+def _held(state: SearchState, g: Vector, free: Array) -> tuple[Array, Vector]:
+    """Which variables lie so near to a bound that a small part of a gradient step takes them there,
+    and the way back from the bound to them."""
+    x, box = state.now.x, state.box
+    near = 1e-3 * jnp.max(jnp.abs(x - box.clip(x - g)))
+    width = jnp.minimum(near, 1e-3 * (box.upper - box.lower))
+    below = free & (x - box.lower <= width) & (g > 0)
+    above = free & (box.upper - x <= width) & (g < 0)
+    to_bound = jnp.where(below, x - box.lower, jnp.where(above, x - box.upper, 0))
+    return below | above, to_bound
