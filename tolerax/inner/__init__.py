@@ -4,6 +4,7 @@ where to look without derivatives: positive bases and points far from all others
 from tolerax.inner.bicgstab import BiCGStab as BiCGStab
 from tolerax.inner.covering import Cover as Cover
 from tolerax.inner.covering import farthest_points as farthest_points
+from tolerax.inner.direct import Direct as Direct
 from tolerax.inner.flexible import FlexibleCG as FlexibleCG
 from tolerax.inner.gmres import FGMRES as FGMRES
 from tolerax.inner.gmres import GMRES as GMRES

@@ -91,18 +91,21 @@ class NewtonKrylov(eqx.Module):
         def size(r: Vector) -> Scalar:
             return dual_size(r, preconditioner)
 
-        def bound(r: Vector) -> Scalar:
-            return root_distance(size(r), stability, jnp.where(everywhere, 0, curvature))
+        def sized(r: Vector) -> tuple[Vector, Scalar]:
+            return r, size(r)
 
+        def bound(norm: Scalar) -> Scalar:
+            return root_distance(norm, stability, jnp.where(everywhere, 0, curvature))
+
+        # The norm of a residual may cost a solve, so every one is taken once.
         def unfinished(state: tuple) -> Bool[Array, ""]:
-            _, r, _, step, _, _, stuck = state
+            _, (r, norm), _, step, _, _, stuck = state
             finite = jnp.all(jnp.isfinite(r))
-            return (bound(r) > tolerance) & (step < self.max_steps) & (stuck < 2) & finite
+            return (bound(norm) > tolerance) & (step < self.max_steps) & (stuck < 2) & finite
 
         def newton(state: tuple) -> tuple:
-            y, r, forcing, step, evaluations, products, stuck = state
+            y, (r, norm), forcing, step, evaluations, products, stuck = state
             _, operator = jax.linearize(residual, y)
-            norm = size(r)
             # Errors in units of the residual; half of what is asked, so that this can be the last.
             solve = self.linear(
                 operator,
@@ -115,17 +118,16 @@ class NewtonKrylov(eqx.Module):
             def shorter(trial: tuple) -> tuple:
                 s, _, tries = trial
                 s = jnp.where(tries > 0, 0.5 * s, s)
-                return s, residual(y + s * solve.x), tries + 1
+                return s, sized(residual(y + s * solve.x)), tries + 1
 
             def too_long(trial: tuple) -> Bool[Array, ""]:
-                s, r_new, tries = trial
-                norm_new = size(r_new)
+                s, (_, norm_new), tries = trial
                 falls = norm_new <= (1 - 1e-4 * s * (1 - forcing)) * norm
                 return (tries == 0) | (~falls & (tries < 25))
 
-            start = (jnp.ones((), y.dtype), r, jnp.array(0, count))
-            s, r_new, tries = jax.lax.while_loop(too_long, shorter, start)
-            ratio = size(r_new) / norm
+            start = (jnp.ones((), y.dtype), (r, norm), jnp.array(0, count))
+            s, (r_new, norm_new), tries = jax.lax.while_loop(too_long, shorter, start)
+            ratio = norm_new / norm
             next_forcing = 0.9 * ratio**2
             safeguard = 0.9 * forcing**2
             next_forcing = jnp.where(
@@ -133,10 +135,10 @@ class NewtonKrylov(eqx.Module):
             )
             improved = ratio < 0.9
             y = jnp.where(ratio < 1, y + s * solve.x, y)
-            r = jnp.where(ratio < 1, r_new, r)
+            r, norm = jnp.where(ratio < 1, r_new, r), jnp.where(ratio < 1, norm_new, norm)
             return (
                 y,
-                r,
+                (r, norm),
                 jnp.clip(next_forcing, 1e-8, 0.5),
                 step + 1,
                 evaluations + tries,
@@ -145,9 +147,11 @@ class NewtonKrylov(eqx.Module):
             )
 
         zero = jnp.array(0, count)
-        start = (y, residual(y), jnp.array(0.1, y.dtype), zero, zero + 1, zero, zero)
-        y, r, _, _, evaluations, products, stuck = jax.lax.while_loop(unfinished, newton, start)
-        distance = bound(r)
+        start = (y, sized(residual(y)), jnp.array(0.1, y.dtype), zero, zero + 1, zero, zero)
+        y, (r, norm), _, _, evaluations, products, stuck = jax.lax.while_loop(
+            unfinished, newton, start
+        )
+        distance = bound(norm)
         status = PointStatus.where(stuck >= 2, PointStatus.floor, PointStatus.inaccurate)
         status = PointStatus.where(distance <= tolerance, PointStatus.ok, status)
         finite = jnp.all(jnp.isfinite(r))

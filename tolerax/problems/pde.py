@@ -30,6 +30,8 @@ class PDEConstrained(Implicit):
     - `stability`, `curvature`, `smoothness`, `cross`, `monotone`: constants of the bounds, see
       [`Stability`][]; estimated where they are `None`.
     - `symmetric`: whether F_y is symmetric: then [`MINRES`][] takes the place of [`GMRES`][].
+      `linear_solver`: another method with their signature, for instance [`Direct`][] where `riesz`
+      is the inverse of F_y.
     - `metric`: the inner product on the control, see [`Implicit`][]: for a control on a grid the
       area of a cell, so that gradients, norms and iteration counts do not depend on the grid.
     - `bounds`: pair of pytrees like u, or scalars.
@@ -70,10 +72,11 @@ class PDEConstrained(Implicit):
         cross: Any = None,
         monotone: bool = False,
         symmetric: bool = False,
+        linear_solver: Any = None,
         metric: Any = None,
         bounds: tuple[PyTree, PyTree] | None = None,
     ):
-        linear = MINRES() if symmetric else GMRES()
+        linear = linear_solver or (MINRES() if symmetric else GMRES())
         norm = Stability(
             stability=stability,
             curvature=curvature,

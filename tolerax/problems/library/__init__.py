@@ -1,6 +1,7 @@
 """Ready-made problems, held in memory from installed packages: nothing is downloaded.
 
 Bilevel problems:
+"""Ready-made problems, held in memory from installed packages: nothing is downloaded. Bilevel:
 
 | function | x | y | constants |
 |---|---|---|---|
@@ -21,6 +22,17 @@ Trained networks, as a [`LibrarySurrogate`][] each; the networks are trained whe
 | [`reactor`][] | coolant, duration | trajectories of a reactor | temperature, conversion, purity |
 
 `seed` draws splits, crops, noise and label flips: tune on some seeds and report on others.
+PDE-constrained, on grids of any size, with optima that are known:
+
+| function | x | y | equation |
+|---|---|---|---|
+| [`poisson_control`][] | n x n source | state | `A y = u`; constants proved |
+| [`semilinear_control`][] | n x n source | state | `A y + y^3 = u + s`, or with `exp(y)` |
+| [`coefficient_inversion`][] | coefficient | state | `-div(exp(m) grad y) = f` |
+
+The former return a [`LibraryProblem`][], the latter a [`PDEExample`][], with
+`problem`, `x0`, `description` and what reporting needs. `seed` draws splits, crops, noise and label
+flips: tune on some seeds and report on others.
 
 >>> from tolerax.problems.library import quadratic
 >>> print(quadratic(n=50, d=3).description)
@@ -33,6 +45,10 @@ from tolerax.problems.library.cleaning import hyper_cleaning as hyper_cleaning
 from tolerax.problems.library.closed_form import Quadratic as Quadratic
 from tolerax.problems.library.closed_form import quadratic as quadratic
 from tolerax.problems.library.experts import field_of_experts as field_of_experts
+from tolerax.problems.library.pde import PDEExample as PDEExample
+from tolerax.problems.library.pde import coefficient_inversion as coefficient_inversion
+from tolerax.problems.library.pde import poisson_control as poisson_control
+from tolerax.problems.library.pde import semilinear_control as semilinear_control
 from tolerax.problems.library.penalties import DigitsPenalties as DigitsPenalties
 from tolerax.problems.library.penalties import digits_penalties as digits_penalties
 from tolerax.problems.library.pictures import Denoising as Denoising
