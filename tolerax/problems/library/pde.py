@@ -278,8 +278,8 @@ class LeastConduction(eqx.Module):
 
 def coefficient_inversion(
     n: int = 32,
-    gamma: float = 1e-3,
-    delta: float = 1e-3,
+    gamma: float = 1e-2,
+    delta: float = 1e-2,
     sigma: float = 0.03,
     **options: Any,
 ) -> PDEExample:
