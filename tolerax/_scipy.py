@@ -178,6 +178,41 @@ class Gradient(eqx.Module):
         return _fitted(self.jac(x, *self.args), x)
 
 
+class Curvature(eqx.Module):
+    """`hess(x, *args)` as a function of x; what is sparse or a list becomes an array."""
+
+    hess: Callable
+    args: tuple
+
+    def __call__(self, x: Any) -> Any:
+        matrix = self.hess(x, *self.args)
+        matrix = matrix.toarray() if hasattr(matrix, "toarray") else matrix
+        return np.asarray(matrix) if isinstance(x, np.ndarray) else jnp.asarray(matrix)
+
+
+class Product(eqx.Module):
+    """`hessp(x, v, *args)` as a function of x and v."""
+
+    hessp: Callable
+    args: tuple
+
+    def __call__(self, x: Any, v: Any) -> Any:
+        return _fitted(self.hessp(x, v, *self.args), x)
+
+
+def _second(hess: Any, hessp: Any) -> tuple[Any, Any]:
+    """What is given of second derivatives; strings of SciPy ask for differences, which are the
+    default here. As there, `hess` wins over `hessp`."""
+    if isinstance(hess, str) and hess in ("2-point", "3-point", "cs"):
+        hess = None
+    if not (hess is None or callable(hess)):
+        raise ValueError(
+            f"hess is {hess!r}: give a callable that returns the matrix, or leave it out; there "
+            "are no quasi-Newton updates."
+        )
+    return hess, None if hess is not None else hessp
+
+
 def _scalar(value: Any) -> Any:
     return value.reshape(()) if np.ndim(value) > 0 and np.size(value) == 1 else value
 
@@ -192,6 +227,7 @@ def function_problem(
     x: np.ndarray,
     args: tuple,
     jac: Any,
+    second: tuple[Any, Any],
     bounds: Any,
     constraints: Any,
     on_error: Any,
@@ -213,12 +249,23 @@ def function_problem(
     if not is_empty(constraints):
         together, limits = joined(constraints, x)
         within = {"constraints": together, "constraint_bounds": limits}
+    hess, hessp = _second(*second)
     if not isinstance(jac, str):
         value = Function(*_held(fun, args), jac is True)
         derivative: Any = Gradient(*_held(jac, args)) if callable(jac) else jac
         reason = _why_not_traceable(value, x)
         if reason is None and callable(derivative):
             reason = _why_not_traceable(derivative, x)
+        by_jax = reason is None and derivative is None
+        curved: dict[str, Any] = {}
+        if hess is not None:
+            curved["hessian"] = Curvature(*_held(hess, args))
+            if reason is None:
+                reason = _why_not_traceable(curved["hessian"], x)
+        if hessp is not None:
+            curved["hessian_product"] = Product(*_held(hessp, args))
+            if reason is None:
+                reason = _why_not_traceable(lambda v: curved["hessian_product"](v, v), x)
         if reason is None and within:
             reason = _why_not_traceable(within["constraints"], x)
         if reason is None:
@@ -226,14 +273,25 @@ def function_problem(
                 raise ValueError(
                     "on_error is given, but fun is compiled by JAX and cannot raise: leave it out."
                 )
-            return Objective(value, gradient=derivative, bounds=bounds, **within), None
+            return Objective(value, gradient=derivative, bounds=bounds, **within, **curved), None
+        if by_jax and curved:
+            # Only the second derivatives are Python code.
+            jac = jax.jit(jax.grad(value))
+            fun, args = jax.jit(value), ()
     value = Function(fun, args, jac is True)
     gradient: Any = Gradient(jac, args) if callable(jac) else jac
     if gradient is None and may_difference:
         gradient = "2-point"
     on_error = "raise" if on_error is None else on_error
     problem = Objective(
-        value, gradient=gradient, bounds=bounds, host=True, on_error=on_error, **within
+        value,
+        gradient=gradient,
+        bounds=bounds,
+        hessian=None if hess is None else Curvature(hess, args),
+        hessian_product=None if hessp is None else Product(hessp, args),
+        host=True,
+        on_error=on_error,
+        **within,
     )
     return problem, reason
 

@@ -423,6 +423,11 @@ class Solver(eqx.Module):
         return False
 
     @property
+    def uses_hessian(self) -> bool:
+        """Whether it asks for second derivatives."""
+        return False
+
+    @property
     def honours_constraints(self) -> bool:
         """Whether it looks at `violation` (and `constraints`)."""
         return False

@@ -121,6 +121,9 @@ def minimize(
     - `method`: `"line-search"` (default), `"steepest-descent"`, `"maid"`, `"hoag"`; `"cbo"`,
       `"consensus-hopping"`, `"consensus-freezing"` (by values at many points);
       `"model-trust-region"` (by values at few points); or a solver of this library.
+    - `method`: `"line-search"` (default), `"steepest-descent"`, `"newton"`, `"maid"`, `"hoag"`;
+      `"cbo"`, `"consensus-hopping"`, `"consensus-freezing"` (by values at many points); or a solver
+      of this library.
     - `jac`: `None`; `True` when `fun` returns `(value, gradient)`; a callable `jac(x, *args)`;
       `"2-point"` (forward differences, central ones where the accuracy needs them) or `"3-point"`
       (central differences). With a string `fun` is always called as Python code.
@@ -128,6 +131,9 @@ def minimize(
       Neither iterates nor finite differences leave them.
     - `constraints`: dicts, `scipy.optimize.NonlinearConstraint` or `LinearConstraint`, one or a
       list. A function that JAX can trace is differentiated by JAX, whatever its `jac`.
+    - `hess(x, *args)`: the Hessian matrix; `hessp(x, v, *args)`: its product with v; for methods
+      that use second derivatives (`"newton"`), which JAX finds where they are not given, and
+      differences of `jac` where JAX cannot.
     - `hess`, `hessp`, `constraints`: refused by methods that cannot use them.
     - `tol`: the tolerance of the solver: the line searches stop when the Euclidean norm of the
       projected gradient plus its error bound is at most `tol`. Explicit options win.
@@ -223,7 +229,8 @@ def _minimize(
     may_difference: bool,
 ) -> Any:
     """The one adapter behind `minimize` and `scipy_method`."""
-    _refuse(solver, hess=hess, hessp=hessp)
+    if not solver.uses_hessian:
+        _refuse(solver, hess=hess, hessp=hessp)
     if not solver.honours_constraints:
         _refuse(solver, constraints=constraints)
     solver, options = _configure(solver, options)
@@ -232,13 +239,14 @@ def _minimize(
         on_error = options.pop("on_error", None)
         if isinstance(fun, Problem):
             x = jax.tree.map(functools.partial(as_float64, name="x0"), listed_as_vector(x0))
-            given = {"args": args, "jac": jac, "on_error": on_error, "constraints": constraints}
+            given = {"args": args, "jac": jac, "hess": hess, "hessp": hessp}
+            given |= {"on_error": on_error, "constraints": constraints}
             problem, reason = given_problem(fun, x, bounds, given), None
         else:
             x = start_vector(x0)
             limits = bound_vectors(bounds, x.size)
             problem, reason = function_problem(
-                fun, x, args, jac, limits, constraints, on_error, may_difference
+                fun, x, args, jac, (hess, hessp), limits, constraints, on_error, may_difference
             )
         problem, solver = in_float64(problem), in_float64(solver)
         x = inside(x, problem.bounds)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tolerax import HOAG, MAID, InexactLineSearch, Solver
+from tolerax import HOAG, MAID, InexactLineSearch, InexactNewton, Solver
 
 # What a gradient-based descent method reports, whatever it is built of.
 DESCENT = frozenset(
@@ -105,6 +105,15 @@ SOLVERS = (
         fields={"stalled": {"max_rounds": 5}},
     ),
     Entry("hoag", HOAG, "hoag", statuses=DESCENT),
+    Entry(
+        "newton",
+        InexactNewton,
+        "newton",
+        solves=ALL,
+        # Differences of values give no Hessian, and nothing else here is an estimate.
+        statuses=(ADAPTIVE - {"converged_estimated"}) | {"gradient_inconsistent"},
+        names_wrong_gradients=True,
+    ),
 )
 
 # One entry a class: for what depends on the code of a solver and not on its fields, and compiles.

@@ -15,6 +15,7 @@ import numpy as np
 
 import tolerax
 from tolerax.minimize import CODES
+from tolerax.problems.hessians import Matrix
 
 STEPS = 300
 # The minimum of the quadratic; at START its value is 13, at the edge x[0] = 1.5 at best 0.25.
@@ -163,6 +164,7 @@ class Rough(tolerax.Problem):
             achieved=tolerax.Accuracy(error, zero),
             work=tolerax.Work(points=1),
             status=tolerax.PointStatus.where(met, tolerax.PointStatus.ok, self.status),
+            hessian=Matrix(2 * jnp.eye(2)),
         )
 
 

@@ -47,6 +47,26 @@ class Residuals(eqx.Module):
         return 0.5 * jnp.sum(jnp.square(self(x)))
 
 
+class GaussNewton(eqx.Module):
+    """Products with `J'J`, J the Jacobian of residuals at a point."""
+
+    fun: Callable
+    x: PyTree
+
+    def mv(self, vector: PyTree) -> PyTree:
+        """The product, nowhere against `vector`."""
+        image, pullback = jax.linearize(self.fun, self.x)[1](vector), jax.vjp(self.fun, self.x)[1]
+        return pullback(image)[0]
+
+
+class SquaresHessian(HessianOf):
+    """The Hessian of half a sum of squares."""
+
+    def gauss_newton(self) -> GaussNewton:
+        """The operator without the second derivatives of the residuals."""
+        return GaussNewton(self.fun.__self__, self.x)
+
+
 class LeastSquares(Problem):
     """`|r(x)|^2 / 2` for a vector r of residuals, as a problem with error 0.
 
@@ -143,7 +163,7 @@ class LeastSquares(Problem):
             0.5 * jnp.sum(jnp.square(r)),
             gradient,
             Work(points=1, values=1, gradients=int(derivatives > 0)),
-            hessian=HessianOf(fun.value, x) if derivatives > 1 else None,
+            hessian=SquaresHessian(fun.value, x) if derivatives > 1 else None,
         )
         jacobian = JacobianOf(fun, x) if derivatives > 1 else None
         none = lambda leaf: leaf is None  # noqa: E731

@@ -20,6 +20,7 @@ from tolerax.contracts import (
     constrained,
     exact_evaluation,
 )
+from tolerax.problems.hessians import Matrix, ProductsOf, given_hessian
 from tolerax.problems.python_code import DIFFERENCES, Row, Wanted, failed, like, rounding
 from tolerax.problems.workers import Workers
 from tolerax.status import PointStatus
@@ -34,18 +35,28 @@ class HessianOf(eqx.Module):
     x: PyTree
     with_gradient: bool = eqx.field(static=True, default=False)
     constraints: Callable | None = None
+    given: Matrix | ProductsOf | None = None
 
     def mv(self, vector: PyTree, multipliers: PyTree = None) -> PyTree:
         """The Hessian of `fun + <multipliers, constraints>` times `vector`."""
+        curved = multipliers is not None and self.constraints is not None
+        if self.given is not None and not curved:
+            return self.given.mv(vector)
 
         def value(x: PyTree) -> Array:
-            value = _scalar(self.fun(x)[0] if self.with_gradient else self.fun(x))
-            if multipliers is None or self.constraints is None:
+            value = jnp.zeros(())
+            if self.given is None:
+                value = _scalar(self.fun(x)[0] if self.with_gradient else self.fun(x))
+            if not curved:
                 return value
+            assert self.constraints is not None
             terms = jax.tree.map(jnp.vdot, multipliers, self.constraints(x))
             return value + jax.tree.reduce(jnp.add, terms, 0.0)
 
-        return jax.jvp(jax.grad(value), (self.x,), (vector,))[1]
+        product = jax.jvp(jax.grad(value), (self.x,), (vector,))[1]
+        if self.given is None:
+            return product
+        return jax.tree.map(jnp.add, product, self.given.mv(vector))
 
 
 class JacobianOf(eqx.Module):
@@ -124,6 +135,9 @@ class Objective(Problem):
       like them; where both are equal it is an equality constraint. The default is
       `constraints(x) <= 0`. With `host=True` the bounds must have the shape of the constraints,
       which are called where the value is finite; there are no derivatives of them.
+    - `hessian(x)`: the matrix of second derivatives over the flat x, or `hessian_product(x, v)`:
+      its product with v, a pytree like x. Without them JAX differentiates, and Hessians of `host`
+      functions are differences of gradients, one more gradient for every variable.
     - `host`: `fun` is Python code that JAX cannot trace; it gets NumPy arrays of its own and is
       called once a point.
     - `on_error`: what an exception of a `host` function means: `"raise"` ends the run with the best
@@ -145,6 +159,8 @@ class Objective(Problem):
     bounds: tuple[PyTree, PyTree] | None = None
     constraints: Callable | None = None
     limits: tuple[PyTree, PyTree] | None = None
+    hessian: Callable | None = None
+    hessian_product: Callable | None = None
     is_host: bool = eqx.field(static=True, default=False)
     on_error: str = eqx.field(static=True, default="raise")
     # Where points are evaluated does not change what the problem is.
@@ -158,6 +174,8 @@ class Objective(Problem):
         bounds: tuple[PyTree, PyTree] | None = None,
         constraints: Callable | None = None,
         constraint_bounds: tuple[PyTree, PyTree] | None = None,
+        hessian: Callable | None = None,
+        hessian_product: Callable | None = None,
         host: bool = False,
         on_error: Literal["raise", "fail"] = "raise",
         executor: Any = None,
@@ -182,6 +200,11 @@ class Objective(Problem):
                 f"executor is {executor!r}, but this objective is evaluated by compiled code: "
                 "leave executor out, or give host=True."
             )
+        for name, given in (("hessian", hessian), ("hessian_product", hessian_product)):
+            if not (given is None or callable(given)):
+                raise TypeError(f"{name} is {given!r}: give a callable.")
+        if hessian is not None and hessian_product is not None:
+            raise ValueError("hessian and hessian_product are given: give one of them.")
         if constraints is None and constraint_bounds is not None:
             raise ValueError("constraint_bounds are given without constraints: give both.")
         if constraints is not None:
@@ -191,6 +214,8 @@ class Objective(Problem):
         self.bounds = bounds
         self.constraints = constraints
         self.limits = constraint_bounds
+        self.hessian = hessian
+        self.hessian_product = hessian_product
         self.is_host = host
         self.on_error = on_error
         self.executor = None if executor is None else Workers.of(executor)
@@ -218,6 +243,8 @@ class Objective(Problem):
             bounds=self.bounds,
             constraints=self.constraints,
             constraint_bounds=self.limits,
+            hessian=self.hessian,
+            hessian_product=self.hessian_product,
             host=self.is_host,
             on_error=self.on_error,  # pyright: ignore[reportArgumentType]
             executor=Workers() if executor is None else executor,
@@ -237,6 +264,8 @@ class Objective(Problem):
             bounds=self.bounds,
             constraints=None if self.constraints is None else _nothing,
             constraint_bounds=self.limits,
+            hessian=None if self.hessian is None else _nothing,
+            hessian_product=None if self.hessian_product is None else _nothing,
             host=True,
         )
 
@@ -266,7 +295,8 @@ class Objective(Problem):
         # An operator holds the function itself: a closure could not leave compiled code.
         hessian = None
         if derivatives > 1:
-            hessian = HessianOf(self.fun, x, self.gradient is True, self.constraints)
+            given = given_hessian(self.hessian, self.hessian_product, x)
+            hessian = HessianOf(self.fun, x, self.gradient is True, self.constraints, given)
         evaluation = exact_evaluation(v, g if derivatives else None, work, hessian=hessian)
         error = rounding(v.dtype, jax.tree.leaves(x)[0].dtype) * jnp.abs(v)
         error = jnp.where(jnp.isfinite(v), error, 0).astype(v.dtype)
@@ -279,8 +309,12 @@ class Objective(Problem):
     # -- Python code ------------------------------------------------------------------------------
 
     def _evaluate_on_host(self, query: Query) -> Evaluation:
-        if query.derivatives > 1:
-            raise TypeError("this solver needs Hessian products, which Python code does not give.")
+        without = self.hessian is None and self.hessian_product is None
+        if query.derivatives > 1 and without and isinstance(self.gradient, str):
+            raise TypeError(
+                "this solver needs Hessian products, and differences of values do not give them: "
+                "give `gradient` (`jac`), `hessian` (`hess`) or `hessian_product` (`hessp`)."
+            )
         if query.derivatives and self.gradient is None:
             raise TypeError(
                 "this solver needs gradients and JAX cannot differentiate Python code: give "
@@ -314,6 +348,8 @@ class Objective(Problem):
             float(np.max(np.asarray(query.accuracy.state))),
             self.constraints,
             _count(self.limits),
+            self.hessian,
+            self.hessian_product,
         )
         rows = iter(self._rows([p for p, m in zip(points, mask, strict=True) if m], wanted))
         skipped = failed(points[0], query.derivatives, calls=0)
@@ -334,6 +370,11 @@ class Objective(Problem):
         if rows[0].gradient is not None:
             gradient = jax.tree.map(lambda *g: column(list(g)), *[row.gradient for row in rows])
             gradients = sum(row.calls > 0 for row in rows)
+        hessian = None
+        if rows[0].hessian is not None:
+            hessian = Matrix(column([row.hessian for row in rows]))
+            if self.hessian is None and self.hessian_product is None:
+                gradients += sum(len(row.hessian) for row in rows if row.calls > 0)
         evaluation = _answer(
             column([row.value for row in rows]),
             column([row.value_error for row in rows]),
@@ -343,6 +384,7 @@ class Objective(Problem):
             np.asarray(gradients),
             np.asarray([row.outcome == "timed_out" for row in rows])[0 if one else slice(None)],
             self.provenance,
+            hessian,
         )
         if self.limits is None:
             return evaluation
@@ -361,6 +403,7 @@ def _answer(
     gradients: Any,
     timed_out: Any,
     provenance: Provenance,
+    hessian: Matrix | None = None,
 ) -> Evaluation:
     """What Python code answered, as an evaluation; compiled, since it is made at every point."""
     finite = jnp.isfinite(value) | (value == -jnp.inf)
@@ -377,6 +420,7 @@ def _answer(
         work=Work(points=calls, values=calls, gradients=gradients),
         status=_point_status(finite, timed_out),
         provenance=provenance,
+        hessian=hessian,
     )
 
 

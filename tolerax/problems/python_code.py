@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from tolerax.problems.differences import differences, flat_bounds
+from tolerax.problems.hessians import host_hessian
 
 DIFFERENCES = ("2-point", "3-point")
 
@@ -26,6 +27,8 @@ class Wanted(NamedTuple):
     tolerance: float
     constraints: Callable | None = None
     constraint_count: int = 0
+    hessian: Callable | None = None
+    hessian_product: Callable | None = None
 
 
 # `lost`: the point killed its worker.
@@ -43,18 +46,25 @@ class Row(NamedTuple):
     outcome: Outcome = "answered"
     error: str = ""
     constraints: np.ndarray | None = None
+    hessian: np.ndarray | None = None
 
 
 def failed(x: PyTree, derivatives: int, calls: int = 1) -> Row:
     """The row of a point without a usable value."""
     gradient = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), x) if derivatives else None
-    return Row(np.nan, 0.0, gradient, 0.0, calls)
+    row = Row(np.nan, 0.0, gradient, 0.0, calls)
+    if derivatives < 2:
+        return row
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(x))
+    return row._replace(hessian=np.full((size, size), np.nan))
 
 
 def call(fun: Callable, x: PyTree, wanted: Wanted) -> Row:
-    """Value, gradient and constraints at one point. Functions get copies, since they may write into
-    them."""
+    """Value, derivatives and constraints at one point. Functions get copies, since they may write
+    into them."""
     row = _called(fun, x, wanted)
+    if wanted.derivatives > 1:
+        row = _with_hessian(row, fun, x, wanted)
     if wanted.constraints is None or not np.isfinite(row.value):
         return row
     leaves = jax.tree.leaves(wanted.constraints(jax.tree.map(np.array, x)))
@@ -67,8 +77,53 @@ def call(fun: Callable, x: PyTree, wanted: Wanted) -> Row:
     return row._replace(constraints=values.astype(float))
 
 
-def _called(fun: Callable, x: PyTree, wanted: Wanted) -> Row:
+def _with_hessian(row: Row, fun: Callable, x: PyTree, wanted: Wanted) -> Row:
+    """The row with a Hessian, NaN where there is no gradient."""
+    flat, tree = _raveled(x)
+    g = _raveled(row.gradient)[0]
+    if not (np.isfinite(row.value) and np.all(np.isfinite(g))):
+        return row._replace(hessian=failed(x, 2).hessian)
+    more = 0
+
+    def gradient(at: np.ndarray) -> np.ndarray:
+        nonlocal more
+        if wanted.gradient is True:
+            more += 1
+            return _raveled(like(fun(tree(at))[1], x))[0]
+        return _raveled(like(wanted.gradient(tree(at)), x))[0]
+
+    def ravel_product(at: np.ndarray, v: np.ndarray) -> np.ndarray:
+        assert wanted.hessian_product is not None
+        return _raveled(wanted.hessian_product(tree(at), tree(v)))[0]
+
+    matrix = wanted.hessian
+    hessian = host_hessian(
+        gradient if wanted.gradient is True or callable(wanted.gradient) else None,
+        None if matrix is None else lambda at: matrix(tree(at)),
+        None if wanted.hessian_product is None else ravel_product,
+        flat,
+        g,
+        *flat_bounds(wanted.bounds, jax.tree.leaves(x)),
+    )
+    return row._replace(hessian=hessian, calls=row.calls + more)
+
+
+def _raveled(x: PyTree) -> tuple[np.ndarray, Callable[[np.ndarray], PyTree]]:
+    """A pytree of arrays as one vector, and the way back to new arrays."""
     leaves, structure = jax.tree.flatten(x)
+    leaves = [np.asarray(leaf) for leaf in leaves]
+    sizes = np.cumsum([leaf.size for leaf in leaves])[:-1]
+
+    def tree(flat: np.ndarray) -> PyTree:
+        parts = np.split(flat, sizes)
+        fitted = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+        return jax.tree.unflatten(structure, [np.array(part) for part in fitted])
+
+    return np.concatenate([leaf.ravel() for leaf in leaves]), tree
+
+
+def _called(fun: Callable, x: PyTree, wanted: Wanted) -> Row:
+    leaves = jax.tree.leaves(x)
     dtype = leaves[0].dtype
     copy = lambda: jax.tree.map(np.array, x)  # noqa: E731
     if wanted.gradient is True:
@@ -85,18 +140,12 @@ def _called(fun: Callable, x: PyTree, wanted: Wanted) -> Row:
     if callable(wanted.gradient):
         return Row(value, error, like(wanted.gradient(copy()), x), 0.0, 1)
 
-    sizes = np.cumsum([leaf.size for leaf in leaves])[:-1]
-
-    def tree(flat: np.ndarray) -> PyTree:
-        parts = np.split(flat, sizes)
-        fitted = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-        return jax.tree.unflatten(structure, fitted)
-
+    flat, tree = _raveled(x)
     lower, upper = flat_bounds(wanted.bounds, leaves)
     precision = max(float(np.finfo(dtype).eps), error / abs(value) if value else 0.0)
     found = differences(
         lambda flat: number(fun(tree(flat)), dtype)[0],
-        np.concatenate([leaf.ravel() for leaf in leaves]),
+        flat,
         value,
         precision=precision,
         lower=lower,

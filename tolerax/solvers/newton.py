@@ -119,6 +119,10 @@ class InexactNewton(IntervalSearch):
                 )
         return super().init(start)
 
+    @property
+    def uses_hessian(self) -> bool:
+        return True
+
     def work(self, state: SearchState) -> Work:
         return state.model.work
 
@@ -136,7 +140,14 @@ class InexactNewton(IntervalSearch):
 
     def _direction(self, state: SearchState, z: Vector, free: Array, answer: Answer) -> Direction:
         now, geometry, model = state.now, answer.geometry, state.model
-        operator = answer.hessian.gauss_newton() if self.gauss_newton else answer.hessian
+        operator = answer.hessian
+        if operator is None:
+            raise TypeError(
+                "InexactNewton needs Hessian products, and this problem answers with none: use "
+                "`InexactLineSearch`."
+            )
+        if self.gauss_newton:
+            operator = operator.gauss_newton()
         g = jnp.where(free, geometry.riesz(z), 0)
         measure = geometry.dual(z)
         forcing = self._forcing(state, measure)
