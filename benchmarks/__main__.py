@@ -12,6 +12,7 @@ from benchmarks import frame
 BENCHMARKS = {
     "bilevel": "benchmarks.bilevel",
     "cbo": "benchmarks.cbo",
+    "pde": "benchmarks.pde",
 }
 
 

@@ -1,5 +1,6 @@
 """Optimization in JAX for problems whose evaluations are never exact."""
 
+from tolerax.check import check_gradient as check_gradient
 from tolerax.contracts import Accuracy as Accuracy
 from tolerax.contracts import Evaluation as Evaluation
 from tolerax.contracts import Problem as Problem

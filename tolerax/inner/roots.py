@@ -31,10 +31,14 @@ def root_distance(r_norm: Scalar, c: Scalar, curvature: Scalar) -> Scalar:
 
 
 def dual_size(r: Vector, inverse: Callable[[Vector], Vector] | None) -> Scalar:
-    """`sqrt(r' P^-1 r)`, or the Euclidean norm."""
+    """`sqrt(r' P^-1 r)`, or the Euclidean norm. Infinite where P is seen not to be positive, since
+    then it measures nothing."""
     if inverse is None:
         return jnp.linalg.norm(r)
-    return jnp.sqrt(jnp.maximum(jnp.dot(r, inverse(r)), 0))
+    z = inverse(r)
+    square = jnp.dot(r, z)
+    rounding = 100 * jnp.finfo(r.dtype).eps * jnp.linalg.norm(r) * jnp.linalg.norm(z)
+    return jnp.where(square < -rounding, jnp.inf, jnp.sqrt(jnp.maximum(square, 0)))
 
 
 class RootResult(eqx.Module):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 class Matrix(eqx.Module):
     """A Hessian as a matrix over the flat x."""
 
-    matrix: Float[Array, "n n"]
+    matrix: Float[Array, "*batch n n"]
 
     def mv(self, vector: PyTree) -> PyTree:
         """The matrix times `vector`, a pytree like x."""

@@ -372,7 +372,7 @@ class Objective(Problem):
             gradients = sum(row.calls > 0 for row in rows)
         hessian = None
         if rows[0].hessian is not None:
-            hessian = Matrix(column([row.hessian for row in rows]))
+            hessian = column([row.hessian for row in rows])
             if self.hessian is None and self.hessian_product is None:
                 gradients += sum(len(row.hessian) for row in rows if row.calls > 0)
         evaluation = _answer(
@@ -403,7 +403,7 @@ def _answer(
     gradients: Any,
     timed_out: Any,
     provenance: Provenance,
-    hessian: Matrix | None = None,
+    hessian: Any = None,
 ) -> Evaluation:
     """What Python code answered, as an evaluation; compiled, since it is made at every point."""
     finite = jnp.isfinite(value) | (value == -jnp.inf)
@@ -420,7 +420,7 @@ def _answer(
         work=Work(points=calls, values=calls, gradients=gradients),
         status=_point_status(finite, timed_out),
         provenance=provenance,
-        hessian=hessian,
+        hessian=None if hessian is None else Matrix(hessian),
     )
 
 

@@ -76,7 +76,7 @@ class InexactNewton(IntervalSearch):
     - `forcing`: the largest relative residual of the Newton equation. A small one (1e-10) solves a
       linear-quadratic problem in one step.
     - `hessian_share`: relative tolerance of the linear solves in a Hessian product, over that of
-      the Newton equation.
+      the Newton equation; with `adaptive=False` that tolerance itself.
     - `gauss_newton`: use the positive semidefinite part of the Hessian where the problem has one.
     - `max_products`: the most products for one direction.
 
@@ -226,7 +226,8 @@ class InexactNewton(IntervalSearch):
 
         def body(loop: tuple) -> tuple:
             d, dual_d, r, p, dual_p, rs, step, _, work = loop
-            times = product(operator, unravel(p), self.hessian_share * forcing)
+            share = self.hessian_share * (forcing if self.adaptive else 1.0)
+            times = product(operator, unravel(p), share)
             hp = jnp.where(free, ravel_pytree(times.vector)[0], 0).astype(p.dtype)
             hp = hp + lam * dual_p
             curvature, pp = jnp.dot(p, hp), jnp.dot(p, dual_p)

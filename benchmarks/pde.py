@@ -1,0 +1,15 @@
+"""The figures of PDE-constrained optimization: `python -m benchmarks pde`.
+
+The reduced space, where the state is a function of the control. Figures of the full space, where
+state, control and adjoint are unknowns of one system, join `GROUPS` as modules of their own.
+"""
+
+from benchmarks import pde_bounds, pde_inversion, pde_poisson, pde_semilinear
+
+GROUPS = (
+    pde_poisson.GROUP,
+    pde_poisson.TIME_GROUP,
+    pde_inversion.GROUP,
+    pde_semilinear.GROUP,
+    pde_bounds.GROUP,
+)
