@@ -149,15 +149,21 @@ def _compared(name: str, value: Callable[[float], float], slope: float, noise: f
     rounding = 4 * eps * np.maximum(np.abs(ahead), np.abs(behind)) + 2 * noise
     size = max(abs(slope), np.min(np.abs(central)), np.finfo(float).tiny)
     errors = np.abs(central - slope)
-    allowed = 1e-5 * size + rounding / STEPS
     usable = np.isfinite(errors)
-    passed = bool(np.any(usable & (errors <= allowed)))
+    # How far differences are from each other says how far they are from the derivative: nothing but
+    # that, and what rounding makes of a derivative, may be between them.
+    apart = np.abs(np.diff(central))
+    unsure = np.maximum(np.append(apart, apart[-1]), np.insert(apart, 0, apart[0]))
+    unsure = np.where(usable & np.isfinite(unsure), unsure + rounding / STEPS, np.inf)
+    best = int(np.argmin(unsure))
+    passed = bool(usable[best] and errors[best] <= 10 * unsure[best] + 1e-9 * size)
     remainder = np.abs(ahead - at_zero - STEPS * slope)
     # Where the remainder is more than rounding, its rate.
-    clear = np.isfinite(remainder) & (remainder > 100 * rounding) & (remainder > 0)
+    clear = np.isfinite(remainder) & (remainder > np.maximum(100 * rounding, 1e-9 * STEPS * size))
     rate = np.nan
     if np.sum(clear) >= 2:
         rate = float(np.polyfit(np.log(STEPS[clear]), np.log(remainder[clear]), 1)[0])
+    size = max(size, 1e6 * float(rounding[0]))
     error = float(np.min(errors[usable]) / size) if np.any(usable) else np.inf
     return Block(name, error, rate, passed)
 

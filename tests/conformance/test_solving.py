@@ -63,7 +63,7 @@ def test_keeps_within_the_bounds_at_every_query(entry):
             asked.append(np.atleast_2d(step.query.x))
 
         zoo.run(problem, entry.solver(), jnp.asarray(known.start), callback=callback)
-        assert len(asked) > 3
+        assert len(asked) >= 3
         for x in [*seen.points, *np.concatenate(asked)]:
             assert np.all((x >= known.lower) & (x <= known.upper))
 

@@ -15,8 +15,6 @@ from tolerax.problems.library import (
     semilinear_control,
 )
 
-TIGHT = InexactNewton(rtol=1e-9, atol=0.0)
-
 
 def test_a_quadratic_problem_takes_one_step_whatever_the_grid():
     products = []
@@ -35,13 +33,13 @@ def test_a_quadratic_problem_takes_one_step_whatever_the_grid():
 
 def test_the_semilinear_optimum_is_found_with_loose_solves_that_tighten():
     p = semilinear_control(15)
-    solution = tolerax.solve(p.problem, TIGHT, p.x0)
+    solution = tolerax.solve(p.problem, InexactNewton(rtol=1e-7, atol=0.0), p.x0)
     # The constant of the curvature is given, not proved, which is the user's word.
     assert solution.success
     assert p.distance(solution.x) <= 1e-5
     rows = solution.history.rows()
     assert rows["state_tolerance"][0] > 1e3 * rows["state_tolerance"][-1]
-    assert int(solution.work.pde_solves) < 400
+    assert int(solution.work.pde_solves) < 300
 
 
 def test_gauss_newton_and_newton_find_the_coefficient():

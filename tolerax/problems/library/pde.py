@@ -37,15 +37,15 @@ class PDEExample(eqx.Module):
     """
 
     problem: PDEConstrained
-    x0: Grid
-    optimum: Grid
+    x0: Float[Array, "N N"]
+    optimum: Float[Array, "N N"]
     state: Grid
     residual: Callable
     cost: Callable
     laplacian: Laplacian
     description: str = eqx.field(static=True)
 
-    def distance(self, u: Grid) -> Float[Array, ""]:
+    def distance(self, u: Float[Array, "N N"]) -> Float[Array, ""]:
         """How far a control is from the optimum, in the norm of L2."""
         return jnp.sqrt(jnp.mean((u - self.optimum) ** 2))
 
