@@ -21,9 +21,9 @@ REDUCTION = 1e-10
 
 
 @eqx.filter_jit
-def run(problem: Any, x0: jax.Array, rtol: float) -> tolerax.Solution:
+def run(problem: Any, x0: jax.Array, rtol: jax.Array) -> tolerax.Solution:
     """One Newton step to `rtol`, compiled as a whole."""
-    solver = tolerax.InexactNewton(rtol=rtol, atol=0.0, forcing=1e-13)
+    solver = tolerax.InexactNewton(rtol=rtol, atol=0.0, forcing=1e-13)  # pyright: ignore
     return tolerax.solve(problem, solver, x0, max_steps=20)
 
 
@@ -67,10 +67,9 @@ def scipy_run(p: PDEExample, alpha: float) -> np.ndarray:
     A = sparse.kronsum(line, line).tocsc()
     options = {"SymmetricMode": True}
     factor = linalg.splu(A, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
-    target = np.asarray(p.cost.target).ravel()
-    reduced = linalg.LinearOperator(
-        A.shape, lambda u: alpha * u + factor.solve(factor.solve(u)), dtype=float
-    )
+    target = np.asarray(p.cost.target).ravel()  # pyright: ignore
+    product = lambda u: alpha * u + factor.solve(factor.solve(u))  # noqa: E731
+    reduced = linalg.LinearOperator(A.shape, product)
     u, info = linalg.cg(reduced, factor.solve(target), rtol=REDUCTION, atol=0.0)
     assert info == 0
     return u.reshape(n, n)

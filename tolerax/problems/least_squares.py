@@ -60,11 +60,13 @@ class GaussNewton(eqx.Module):
 
 
 class SquaresHessian(HessianOf):
-    """The Hessian of half a sum of squares."""
+    """The Hessian of half a sum of squares of `residuals`."""
+
+    residuals: Callable = eqx.field(kw_only=True)
 
     def gauss_newton(self) -> GaussNewton:
         """The operator without the second derivatives of the residuals."""
-        return GaussNewton(self.fun.__self__, self.x)
+        return GaussNewton(self.residuals, self.x)
 
 
 class LeastSquares(Problem):
@@ -163,7 +165,7 @@ class LeastSquares(Problem):
             0.5 * jnp.sum(jnp.square(r)),
             gradient,
             Work(points=1, values=1, gradients=int(derivatives > 0)),
-            hessian=SquaresHessian(fun.value, x) if derivatives > 1 else None,
+            hessian=SquaresHessian(fun.value, x, residuals=fun) if derivatives > 1 else None,
         )
         jacobian = JacobianOf(fun, x) if derivatives > 1 else None
         none = lambda leaf: leaf is None  # noqa: E731

@@ -374,7 +374,7 @@ class Objective(Problem):
         if rows[0].hessian is not None:
             hessian = column([row.hessian for row in rows])
             if self.hessian is None and self.hessian_product is None:
-                gradients += sum(len(row.hessian) for row in rows if row.calls > 0)
+                gradients *= 1 + sum(np.size(leaf) for leaf in jax.tree.leaves(x))
         evaluation = _answer(
             column([row.value for row in rows]),
             column([row.value_error for row in rows]),

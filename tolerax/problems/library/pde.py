@@ -94,7 +94,8 @@ def _grid(n: int) -> tuple[Laplacian, float, Grid, Grid]:
     laplacian = Laplacian((n, n))
     h = laplacian.spacing[0]
     points = jnp.linspace(h, 1 - h, n)
-    return laplacian, h, *jnp.meshgrid(points, points, indexing="ij")
+    s, t = jnp.meshgrid(points, points, indexing="ij")
+    return laplacian, h, s, t
 
 
 def _constants(laplacian: Laplacian) -> dict[str, Any]:
@@ -138,13 +139,13 @@ def poisson_control(n: int = 64, alpha: float = 1e-4, **options: Any) -> PDEExam
     >>> bool(jnp.linalg.norm(p.problem.evaluate(query).gradient) < 1e-12)
     True
     """
-    n, alpha = check_count("n", n, 3), jnp.asarray(check_real("alpha", alpha, 1e-12))
+    n, weight = check_count("n", n, 3), jnp.asarray(check_real("alpha", alpha, 1e-12))
     laplacian, h, s, t = _grid(n)
     box = (jnp.abs(s - 0.5) <= 0.25) & (jnp.abs(t - 0.5) <= 0.25)
     target = box + 0.2 * jnp.exp(s) * t
-    optimum = laplacian.function(lambda v: v / (alpha * v**2 + 1), target)
+    optimum = laplacian.function(lambda v: v / (weight * v**2 + 1), target)
     zero = jnp.zeros((n, n))
-    residual, cost = Equation(laplacian, zero, "linear"), Tracking(target, alpha, h)
+    residual, cost = Equation(laplacian, zero, "linear"), Tracking(target, weight, h)
     floor = h**2 * float(jnp.min(laplacian.eigenvalues))
     constants = _constants(laplacian) | {
         "curvature": proved(0.0, because="the equation is linear"),
@@ -158,9 +159,7 @@ def poisson_control(n: int = 64, alpha: float = 1e-4, **options: Any) -> PDEExam
         residual=residual,
         cost=cost,
         laplacian=laplacian,
-        description=(
-            f"Poisson control, {n} x {n} points, alpha {float(alpha):g}. All constants proved."
-        ),
+        description=(f"Poisson control, {n} x {n} points, alpha {alpha:g}. All constants proved."),
     )
 
 
@@ -197,21 +196,21 @@ def semilinear_control(
     >>> bool(jnp.linalg.norm(p.problem.evaluate(query).gradient) < 1e-9)
     True
     """
-    n, alpha = check_count("n", n, 3), jnp.asarray(check_real("alpha", alpha, 1e-12))
+    n, weight = check_count("n", n, 3), jnp.asarray(check_real("alpha", alpha, 1e-12))
     laplacian, h, s, t = _grid(n)
     bubble = 16 * s * (1 - s) * t * (1 - t)
     state = 0.5 * jnp.sin(jnp.pi * s) * jnp.sin(jnp.pi * t) + 0.5 * bubble * jnp.sin(4 * s * t)
     # An adjoint -alpha u that is small enough keeps the Hessian positive definite there.
-    size = jnp.minimum(20.0, 0.05 / alpha)
+    size = jnp.minimum(20.0, 0.05 / weight)
     optimum = size * bubble * (jnp.exp(s) * (t - 0.4) + 0.3 * jnp.sin(2 * jnp.pi * (s + 2 * t)))
     zero = jnp.zeros((n, n))
     if bratu is None:
         equation = Equation(laplacian, zero, "cubic")
     else:
         equation = Equation(laplacian, zero, "bratu", jnp.asarray(check_real("bratu", bratu, 0.0)))
-    pull, adjoint = jax.vjp(equation.steady, state)[1], -alpha * optimum
+    pull, adjoint = jax.vjp(equation.steady, state)[1], -weight * optimum
     residual = eqx.tree_at(lambda e: e.source, equation, equation.steady(state) - optimum)
-    cost = Tracking(state - pull(adjoint)[0], alpha, h)
+    cost = Tracking(state - pull(adjoint)[0], weight, h)
     constants = _constants(laplacian)
     if bratu is None:
         constants["curvature"] = Bend(residual.source, jnp.min(laplacian.eigenvalues))
@@ -226,7 +225,7 @@ def semilinear_control(
         residual=residual,
         cost=cost,
         laplacian=laplacian,
-        description=f"Semilinear control with {kind}, {n} x {n} points, alpha {float(alpha):g}.",
+        description=f"Semilinear control with {kind}, {n} x {n} points, alpha {alpha:g}.",
     )
 
 
@@ -246,11 +245,11 @@ class Inversion(eqx.Module):
     data: Grid
     linear: Float[Array, "N N"]
     regularizer: Metric
-    sigma: float | Array
+    variance: Array
     spacing: float = eqx.field(static=True)
 
     def __call__(self, y: Grid, m: Float[Array, "N N"]) -> Float[Array, ""]:
-        misfit = 0.5 * self.spacing**2 * jnp.sum((y - self.data) ** 2) / self.sigma**2
+        misfit = 0.5 * self.spacing**2 * jnp.sum((y - self.data) ** 2) / self.variance
         return misfit + 0.5 * jnp.vdot(m, self.regularizer.mv(m)) - jnp.vdot(self.linear, m)
 
 
@@ -258,8 +257,8 @@ class Smoothness(eqx.Module):
     """`h^2 (gamma A + delta)` with zero flux, on the points of the boundary too; or its inverse."""
 
     laplacian: Laplacian
-    gamma: float | Array
-    delta: float | Array
+    gamma: Array
+    delta: Array
     inverse: bool = eqx.field(static=True)
 
     def __call__(self, m: Float[Array, "N N"]) -> Float[Array, "N N"]:
@@ -296,9 +295,9 @@ def coefficient_inversion(
     True
     """
     n = check_count("n", n, 3)
-    gamma, delta = check_real("gamma", gamma, 1e-12), check_real("delta", delta, 1e-12)
-    sigma = jnp.asarray(check_real("sigma", sigma, 1e-12))
-    gamma, delta = jnp.asarray(gamma), jnp.asarray(delta)
+    given = {"gamma": gamma, "delta": delta, "sigma": sigma}
+    g, d, s2 = (jnp.asarray(check_real(name, value, 1e-12)) for name, value in given.items())
+    s2 = s2**2
     laplacian, h, s, t = _grid(n)
     bubble = 16 * s * (1 - s) * t * (1 - t)
     state = bubble * (1 + 0.5 * jnp.sin(3 * s - 2 * t))
@@ -308,18 +307,18 @@ def coefficient_inversion(
         -20 * ((a - 0.6) ** 2 + (b - 0.4) ** 2)
     )
     around = Laplacian((n + 2, n + 2), spacing=h, boundary="neumann")
-    metric = Metric(Smoothness(around, gamma, delta, False), Smoothness(around, gamma, delta, True))
+    metric = Metric(Smoothness(around, g, d, False), Smoothness(around, g, d, True))
     exact = Diffusion.of(jnp.exp(optimum))
     residual = Conduction(exact.mv(state), h)
     adjoint = 0.02 * bubble * jnp.cos(2 * s + t)
-    data = state - sigma**2 * exact.mv(adjoint)
+    data = state - s2 * exact.mv(adjoint)
     slope = jax.vjp(lambda m: residual(state, m), optimum)[1](adjoint)[0]
-    cost = Inversion(data, metric.mv(optimum) - slope, metric, sigma, h)
+    cost = Inversion(data, metric.mv(optimum) - slope, metric, s2, h)
     lam = float(jnp.min(laplacian.eigenvalues))
     constants = {
         "stability": proved(LeastConduction(), because="coefficients are means of exp(m)"),
         "curvature": proved(0.0, because="the equation is linear in y"),
-        "smoothness": proved(1 / (lam * sigma**2), because="J_yy is a multiple of the mass matrix"),
+        "smoothness": proved(1 / (lam * s2), because="J_yy is a multiple of the mass matrix"),
         "monotone": True,
         "riesz": RieszMap(laplacian),
         "metric": metric,
