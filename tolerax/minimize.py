@@ -118,12 +118,9 @@ def minimize(
       a second or two for each new function object: define it once, and pass what changes in `args`.
     - `x0`: the start. Integers are cast; a point outside `bounds` is moved inside, with a warning.
     - `args`: further arguments of `fun` and `jac`; a single one may stand without its tuple.
-    - `method`: `"line-search"` (default), `"steepest-descent"`, `"maid"`, `"hoag"`; `"cbo"`,
-      `"consensus-hopping"`, `"consensus-freezing"` (by values at many points);
-      `"model-trust-region"` (by values at few points); or a solver of this library.
     - `method`: `"line-search"` (default), `"steepest-descent"`, `"newton"`, `"maid"`, `"hoag"`;
-      `"cbo"`, `"consensus-hopping"`, `"consensus-freezing"` (by values at many points); or a solver
-      of this library.
+      `"cbo"`, `"consensus-hopping"`, `"consensus-freezing"` (by values at many points);
+      `"model-trust-region"` (by values at few points); or a solver of this library.
     - `jac`: `None`; `True` when `fun` returns `(value, gradient)`; a callable `jac(x, *args)`;
       `"2-point"` (forward differences, central ones where the accuracy needs them) or `"3-point"`
       (central differences). With a string `fun` is always called as Python code.

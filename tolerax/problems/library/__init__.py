@@ -1,7 +1,6 @@
 """Ready-made problems, held in memory from installed packages: nothing is downloaded.
 
 Bilevel problems:
-"""Ready-made problems, held in memory from installed packages: nothing is downloaded. Bilevel:
 
 | function | x | y | constants |
 |---|---|---|---|
@@ -13,6 +12,14 @@ Bilevel problems:
 
 Each returns a [`LibraryProblem`][] with `problem`, `x0`, `description` and what reporting needs.
 
+PDE-constrained, on grids of any size and with optima that are known, as a [`PDEExample`][] each:
+
+| function | x | y | equation |
+|---|---|---|---|
+| [`poisson_control`][] | n x n source | state | `A y = u`; constants proved |
+| [`semilinear_control`][] | n x n source | state | `A y + y^3 = u + s`, or with `exp(y)` |
+| [`coefficient_inversion`][] | coefficient | state | `-div(exp(m) grad y) = f` |
+
 Trained networks, as a [`LibrarySurrogate`][] each; the networks are trained when called:
 
 | function | x | network | constraints |
@@ -22,17 +29,6 @@ Trained networks, as a [`LibrarySurrogate`][] each; the networks are trained whe
 | [`reactor`][] | coolant, duration | trajectories of a reactor | temperature, conversion, purity |
 
 `seed` draws splits, crops, noise and label flips: tune on some seeds and report on others.
-PDE-constrained, on grids of any size, with optima that are known:
-
-| function | x | y | equation |
-|---|---|---|---|
-| [`poisson_control`][] | n x n source | state | `A y = u`; constants proved |
-| [`semilinear_control`][] | n x n source | state | `A y + y^3 = u + s`, or with `exp(y)` |
-| [`coefficient_inversion`][] | coefficient | state | `-div(exp(m) grad y) = f` |
-
-The former return a [`LibraryProblem`][], the latter a [`PDEExample`][], with
-`problem`, `x0`, `description` and what reporting needs. `seed` draws splits, crops, noise and label
-flips: tune on some seeds and report on others.
 
 >>> from tolerax.problems.library import quadratic
 >>> print(quadratic(n=50, d=3).description)
