@@ -75,13 +75,15 @@ class InexactNewton(IntervalSearch):
     - `rtol`, `atol`, `accuracy`, `share`, `adaptive`, `first_step`: as of [`InexactLineSearch`][].
     - `forcing`: the largest relative residual of the Newton equation. A small one (1e-10) solves a
       linear-quadratic problem in one step.
-    - `hessian_share`: relative tolerance of the linear solves in a Hessian product, over that of
-      the Newton equation; with `adaptive=False` that tolerance itself.
+    - `hessian_share`: relative tolerance of the linear solves in the first Hessian product, over
+      that of the Newton equation; later ones may be looser by as much as its residual has fallen.
+      With `adaptive=False` the tolerance of all.
     - `gauss_newton`: use the positive semidefinite part of the Hessian where the problem has one.
     - `max_products`: the most products for one direction.
 
     Sources: Eisenstat and Walker (*SIAM J. Sci. Comput.* 17, 1996); Steihaug (*SIAM J. Numer.
-    Anal.* 20, 1983) for negative curvature; Bertsekas (*SIAM J. Control Optim.* 20, 1982) for the
+    Anal.* 20, 1983) for negative curvature; Simoncini and Szyld (*SIAM J. Sci. Comput.* 25, 2003)
+    for products that may be looser; Bertsekas (*SIAM J. Control Optim.* 20, 1982) for the
     projection; the regularization by the gradient over an adapted radius, and the test by which it
     grows, are those of gradient-normalized smoothness (arXiv 2506.13710), which begins with
     radius 1 and solves again where we shorten the step.
@@ -226,7 +228,11 @@ class InexactNewton(IntervalSearch):
 
         def body(loop: tuple) -> tuple:
             d, dual_d, r, p, dual_p, rs, step, _, work = loop
-            share = self.hessian_share * (forcing if self.adaptive else 1.0)
+            share = jnp.asarray(self.hessian_share, rs.dtype)
+            if self.adaptive:
+                # What is left of the residual weighs the error of a product: it may grow.
+                left = jnp.sqrt(rs) / jnp.where(size > 0, size, 1)
+                share = jnp.minimum(share * forcing / left, jnp.maximum(share, 0.1))
             times = product(operator, unravel(p), share)
             hp = jnp.where(free, ravel_pytree(times.vector)[0], 0).astype(p.dtype)
             hp = hp + lam * dual_p
