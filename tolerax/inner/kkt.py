@@ -1,0 +1,205 @@
+"""Linear systems of optimality conditions: a Hessian, the rows of constraints, their multipliers."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from tolerax.inner.minres import MINRES
+
+Vector = Float[Array, "..."]
+
+
+class KKTSystem(eqx.Module):
+    """The operators of
+
+        [ H  A' ] [ d ]     [ a ]
+        [ A  -m ] [ e ]  =  [ b ]
+
+    on flat vectors: d has the n entries of x, e one entry a row. Rows that are not `active` say
+    `-m e = b` instead.
+
+    - `hessian(d)`, `rows(d)`, `transposed(e)`: products with H, A, A'.
+    - `preconditioner(a, b)`: an approximate inverse of the absolute value of the matrix, symmetric
+      and positive definite; or `None`.
+    """
+
+    hessian: Callable[[Vector], Vector]
+    rows: Callable[[Vector], Vector]
+    transposed: Callable[[Vector], Vector]
+    count: tuple[int, int] = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+    preconditioner: Callable[[Vector, Vector], tuple[Vector, Vector]] | None = None
+
+
+class KKTResult(eqx.Module):
+    """The answer of a solve: the step, what it took, and how far it went.
+
+    - `residual`: the norm of what is left over the norm of the right side, in the norm that the
+      solver works in.
+    """
+
+    d: Vector
+    e: Vector
+    residual: Float[Array, ""]
+    iterations: Int[Array, ""]
+
+
+class KKTSolver(Protocol):
+    """What solves the systems of an SQP step.
+
+    `prepare` sees the system once a point, and makes it one whose solutions descend: H is changed
+    where it is not positive definite on the null space of the `working` rows. `caution` counts
+    the steps at this point that did not descend. `solve` is called for one set of active rows after the other.
+    """
+
+    def prepare(
+        self, system: KKTSystem, working: Bool[Array, " m"], caution: Int[Array, ""]
+    ) -> Any: ...
+
+    def hessian(self, prepared: Any, d: Vector) -> Vector: ...
+
+    def solve(
+        self,
+        prepared: Any,
+        active: Bool[Array, " m"],
+        regularization: Vector,
+        a: Vector,
+        b: Vector,
+        *,
+        relative: ArrayLike,
+        guess: tuple[Vector, Vector] | None = None,
+    ) -> KKTResult: ...
+
+
+class DenseKKT(eqx.Module):
+    """Matrices in full and one factorization a solve: n Hessian products a point.
+
+    Where the Hessian is not positive definite on the null space of the working rows, its
+    eigenvalues there are replaced by their absolute values, and those that are nearly 0 by `least`
+    times the largest.
+
+    >>> import jax.numpy as jnp
+    >>> H, A = jnp.diag(jnp.array([1.0, -2.0])), jnp.array([[1.0, 0.0]])
+    >>> system = KKTSystem(lambda d: H @ d, lambda d: A @ d, lambda e: A.T @ e, (2, 1), float)
+    >>> solver, one = DenseKKT(), jnp.array([True])
+    >>> prepared = solver.prepare(system, one, jnp.array(0))
+    >>> solver.hessian(prepared, jnp.array([0.0, 1.0]))
+    Array([0., 2.], dtype=float64)
+    """
+
+    least: float = 1e-8
+
+    def prepare(
+        self, system: KKTSystem, working: Bool[Array, " m"], caution: Int[Array, ""]
+    ) -> tuple[Array, Array]:
+        n, m = system.count
+        eye = jnp.eye(n, dtype=system.dtype)
+        h = jax.vmap(system.hessian)(eye)
+        h = 0.5 * (h + h.T)
+        a = jax.vmap(system.transposed)(jnp.eye(m, dtype=h.dtype)) if m < n else None
+        a = jax.vmap(system.rows)(eye).T if a is None else a
+        shift = jnp.where(caution > 1, 1e-4 * 10.0**caution, 0.0)
+        return _convex(h, a * working[:, None], self.least, shift), a
+
+    def hessian(self, prepared: tuple[Array, Array], d: Vector) -> Vector:
+        return prepared[0] @ d
+
+    def solve(
+        self,
+        prepared: tuple[Array, Array],
+        active: Bool[Array, " m"],
+        regularization: Vector,
+        a: Vector,
+        b: Vector,
+        *,
+        relative: ArrayLike,
+        guess: tuple[Vector, Vector] | None = None,
+    ) -> KKTResult:
+        del relative, guess
+        h, rows = prepared
+        rows = rows * active[:, None]
+        n, eps = h.shape[0], jnp.finfo(h.dtype).eps
+        matrix = jnp.block([[h, rows.T], [rows, -jnp.diag(regularization)]])
+        right = jnp.concatenate([a, b])
+        factors = jax.scipy.linalg.lu_factor(matrix)
+        z = jax.scipy.linalg.lu_solve(factors, right)
+        left = right - matrix @ z
+        # One step of refinement: rows that depend on each other leave a matrix near singular.
+        z = z + jax.scipy.linalg.lu_solve(factors, left)
+        residual = jnp.linalg.norm(right - matrix @ z) / jnp.maximum(jnp.linalg.norm(right), eps)
+        return KKTResult(z[:n], z[n:], residual, jnp.array(1, jnp.result_type(int)))
+
+
+def _convex(h: Array, working: Array, least: ArrayLike, shift: ArrayLike) -> Array:
+    """H with positive curvature on the null space of the working rows."""
+    n = h.shape[0]
+    _, s, vt = jnp.linalg.svd(working, full_matrices=True)
+    size = jnp.max(s, initial=0)
+    rank = jnp.sum(s > 1e-10 * max(working.shape) * size)
+    inside = vt.T * (jnp.arange(n) >= rank)  # columns span the null space, the others are zero
+    # On the complement any other number keeps eigenvectors apart.
+    apart = 1 + 2 * jnp.linalg.norm(h)
+    complement = vt.T * (jnp.arange(n) < rank)
+    e, q = jnp.linalg.eigh(inside @ (inside.T @ h @ inside) @ inside.T + apart * complement @ complement.T)
+    ours = e < 0.75 * apart
+    largest = jnp.max(jnp.where(ours, jnp.abs(e), 0), initial=0)
+    wanted = jnp.maximum(jnp.abs(e), least * jnp.maximum(largest, 1)) + shift
+    return h + (q * jnp.where(ours, wanted - e, 0)) @ q.T
+
+
+class KrylovKKT(eqx.Module):
+    """Preconditioned minimal residuals: products only, as accurate as is asked.
+
+    The preconditioner is that of the system. Without a good one only small or well-scaled systems
+    are solved in reasonable time.
+
+    - `linear`: a [`MINRES`][].
+    """
+
+    linear: MINRES = eqx.field(default_factory=MINRES)
+
+    def prepare(
+        self, system: KKTSystem, working: Bool[Array, " m"], caution: Int[Array, ""]
+    ) -> tuple[KKTSystem, Array]:
+        del working
+        return system, jnp.where(caution > 0, 1e-3 * 10.0**caution, 0.0)
+
+    def hessian(self, prepared: tuple[KKTSystem, Array], d: Vector) -> Vector:
+        system, shift = prepared
+        return system.hessian(d) + shift * d
+
+    def solve(
+        self,
+        prepared: tuple[KKTSystem, Array],
+        active: Bool[Array, " m"],
+        regularization: Vector,
+        a: Vector,
+        b: Vector,
+        *,
+        relative: ArrayLike,
+        guess: tuple[Vector, Vector] | None = None,
+    ) -> KKTResult:
+        system, _ = prepared
+        n, _ = system.count
+
+        def product(z: Vector) -> Vector:
+            d, e = z[:n], z[n:]
+            top = self.hessian(prepared, d) + system.transposed(jnp.where(active, e, 0))
+            bottom = jnp.where(active, system.rows(d), 0) - regularization * e
+            return jnp.concatenate([top, bottom])
+
+        inverse = None
+        if system.preconditioner is not None:
+            inverse = lambda z: jnp.concatenate(system.preconditioner(z[:n], z[n:]))  # noqa: E731
+        start = None if guess is None else jnp.concatenate(guess)
+        right = jnp.concatenate([a, b])
+        solve = self.linear(
+            product, right, tolerance=0.0, relative=relative, guess=start, preconditioner=inverse
+        )
+        tiny = jnp.finfo(a.dtype).tiny
+        residual = solve.error / jnp.maximum(solve.first_error, tiny)
+        return KKTResult(solve.x[:n], solve.x[n:], residual, solve.iterations)
