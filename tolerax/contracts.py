@@ -235,6 +235,10 @@ class Evaluation(eqx.Module):
       largest amount by which one is out of its bounds (0 when feasible).
     - `residuals`: r, where `value` is `|r|^2 / 2`; sums of squares give them whatever is asked.
       `residuals_jacobian`: their Jacobian operator, with `mv` and `rmv`.
+    - `preconditioner`: where all constraints are equalities, `mv(a, b)` with pytrees like x and
+      like the constraints: symmetric, positive definite, block-diagonal, close to the inverse of
+      the absolute value of the optimality system. Its inverse is the norm of residuals. `work`:
+      what one product costs.
     - `carry`: the warm start for the next query near this point.
     - `work`, `status`, `provenance`: cost, outcome, and the origin of constants.
     """
@@ -254,6 +258,7 @@ class Evaluation(eqx.Module):
     jacobian: Any = None
     residuals: PyTree = None
     residuals_jacobian: Any = None
+    preconditioner: Any = None
     violation: Float[Array, "*batch"] | None = None
     provenance: Provenance = Provenance()
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from tolerax.contracts import Work
 from tolerax.inner.minres import MINRES
 
 Vector = Float[Array, "..."]
@@ -35,17 +36,40 @@ class KKTSystem(eqx.Module):
     preconditioner: Callable[[Vector, Vector], tuple[Vector, Vector]] | None = None
 
 
+    def in_full(self) -> "KKTSystem":
+        """The same system with the rows as a matrix."""
+        n, m = self.count
+        if m < n:
+            matrix = jax.vmap(self.transposed)(jnp.eye(m, dtype=self.dtype))
+        else:
+            matrix = jax.vmap(self.rows)(jnp.eye(n, dtype=self.dtype)).T
+        rows, transposed = Matrix(matrix), Matrix(matrix.T)
+        return KKTSystem(
+            self.hessian, rows, transposed, self.count, self.dtype, self.preconditioner
+        )
+
+
+class Matrix(eqx.Module):
+    """Products with a matrix."""
+
+    matrix: Float[Array, "rows columns"]
+
+    def __call__(self, vector: Vector) -> Vector:
+        return self.matrix @ vector
+
+
 class KKTResult(eqx.Module):
     """The answer of a solve: the step, what it took, and how far it went.
 
     - `residual`: the norm of what is left over the norm of the right side, in the norm that the
       solver works in.
+    - `spent`: Hessian products, iterations, and what applying the preconditioner cost.
     """
 
     d: Vector
     e: Vector
     residual: Float[Array, ""]
-    iterations: Int[Array, ""]
+    spent: Work
 
 
 class KKTSolver(Protocol):
@@ -61,6 +85,8 @@ class KKTSolver(Protocol):
     ) -> Any: ...
 
     def hessian(self, prepared: Any, d: Vector) -> Vector: ...
+
+    def multipliers(self, system: KKTSystem, g: Vector, rows: Bool[Array, " m"]) -> Vector: ...
 
     def solve(
         self,
@@ -96,17 +122,23 @@ class DenseKKT(eqx.Module):
     def prepare(
         self, system: KKTSystem, working: Bool[Array, " m"], caution: Int[Array, ""]
     ) -> tuple[Array, Array]:
-        n, m = system.count
-        eye = jnp.eye(n, dtype=system.dtype)
-        h = jax.vmap(system.hessian)(eye)
+        eye = jnp.eye(system.count[0], dtype=system.dtype)
+        h = system.hessian.matrix if isinstance(system.hessian, Matrix) else jax.vmap(system.hessian)(eye)
         h = 0.5 * (h + h.T)
-        a = jax.vmap(system.transposed)(jnp.eye(m, dtype=h.dtype)) if m < n else None
-        a = jax.vmap(system.rows)(eye).T if a is None else a
+        a = _rows_of(system)
         shift = jnp.where(caution > 1, 1e-4 * 10.0**caution, 0.0)
         return _convex(h, a * working[:, None], self.least, shift), a
 
     def hessian(self, prepared: tuple[Array, Array], d: Vector) -> Vector:
         return prepared[0] @ d
+
+    def multipliers(self, system: KKTSystem, g: Vector, rows: Bool[Array, " m"]) -> Vector:
+        a = _rows_of(system) * rows[:, None]
+        square = a @ a.T
+        size = jnp.finfo(g.dtype).eps * (1 + jnp.linalg.norm(square))
+        e = jnp.linalg.solve(square + size * jnp.eye(a.shape[0], dtype=g.dtype), -a @ g)
+        # Where constraints nearly depend on each other the fit says little.
+        return jnp.where(jnp.all(jnp.abs(e) <= 1e3), jnp.where(rows, e, 0), 0)
 
     def solve(
         self,
@@ -131,7 +163,12 @@ class DenseKKT(eqx.Module):
         # One step of refinement: rows that depend on each other leave a matrix near singular.
         z = z + jax.scipy.linalg.lu_solve(factors, left)
         residual = jnp.linalg.norm(right - matrix @ z) / jnp.maximum(jnp.linalg.norm(right), eps)
-        return KKTResult(z[:n], z[n:], residual, jnp.array(1, jnp.result_type(int)))
+        return KKTResult(z[:n], z[n:], residual, Work(hessian_products=n, linear_iterations=1))
+
+
+def _rows_of(system: KKTSystem) -> Float[Array, "m n"]:
+    rows = system.rows if isinstance(system.rows, Matrix) else system.in_full().rows
+    return rows.matrix  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
 
 
 def _convex(h: Array, working: Array, least: ArrayLike, shift: ArrayLike) -> Array:
@@ -172,6 +209,14 @@ class KrylovKKT(eqx.Module):
         system, shift = prepared
         return system.hessian(d) + shift * d
 
+    def multipliers(self, system: KKTSystem, g: Vector, rows: Bool[Array, " m"]) -> Vector:
+        # The least-squares fit: the same system with the identity as Hessian.
+        plain = eqx.tree_at(lambda s: s.hessian, system, lambda d: d)
+        none, zero = jnp.zeros(rows.shape, g.dtype), jnp.array(0)
+        prepared = self.prepare(plain, rows, zero)
+        fit = self.solve(prepared, rows, none, -g, none, relative=1e-2).e
+        return jnp.where(jnp.all(jnp.abs(fit) <= 1e3), jnp.where(rows, fit, 0), 0)
+
     def solve(
         self,
         prepared: tuple[KKTSystem, Array],
@@ -202,4 +247,5 @@ class KrylovKKT(eqx.Module):
         )
         tiny = jnp.finfo(a.dtype).tiny
         residual = solve.error / jnp.maximum(solve.first_error, tiny)
-        return KKTResult(solve.x[:n], solve.x[n:], residual, solve.iterations)
+        spent = Work(hessian_products=solve.products, linear_iterations=solve.iterations)
+        return KKTResult(solve.x[:n], solve.x[n:], residual, spent)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from tolerax.contracts import Work
 from tolerax.inner.kkt import KKTSolver, KKTSystem
 
 Vector = Float[Array, "..."]
@@ -39,7 +40,7 @@ class Step(eqx.Module):
     e: Vector
     curvature: Float[Array, ""]
     active: Bool[Array, " m"]
-    iterations: Int[Array, ""]
+    spent: Work
     good: Bool[Array, ""]
 
 
@@ -82,7 +83,7 @@ def quadratic_step(
         found = solve(every, rows.upper, guess)
         curvature = jnp.dot(found.d, solver.hessian(prepared, found.d))
         good = jnp.all(jnp.isfinite(found.d)) & jnp.all(jnp.isfinite(found.e))
-        return Step(found.d, found.e, curvature, every, found.iterations, good)
+        return Step(found.d, found.e, curvature, every, found.spent, good)
 
     slack = 1e-10 * (1 + jnp.max(jnp.abs(y), initial=0) + jnp.linalg.norm(gradient))
 
@@ -90,7 +91,7 @@ def quadratic_step(
         return (w - rows.within(w)) / weight
 
     def body(state: tuple) -> tuple:
-        d, w, active, side, _, count, iterations, _, _ = state
+        d, w, active, side, _, count, spent, _, _ = state
         found = solve(active, side, None)
         finite = jnp.all(jnp.isfinite(found.d)) & jnp.all(jnp.isfinite(found.e))
         p = jnp.where(finite, found.d - d, 0)
@@ -127,7 +128,7 @@ def quadratic_step(
         next_side = jnp.where(active & next_active, side, next_side)
         stuck = ~finite | ((t == 0) & jnp.all(next_active == active))
         e = jnp.where(settled, found.e, multipliers(w) - y)
-        return d, w, next_active, next_side, e, count + 1, iterations + found.iterations, settled, stuck
+        return d, w, next_active, next_side, e, count + 1, spent + found.spent, settled, stuck
 
     def going(state: tuple) -> Bool[Array, ""]:
         *_, count, _, settled, stuck = state
@@ -138,8 +139,8 @@ def quadratic_step(
     side = jnp.where(jnp.isfinite(side), side, jnp.where(y > 0, rows.lower, rows.upper))
     working = working & jnp.isfinite(side)
     false, zero = jnp.array(False), jnp.array(0, jnp.result_type(int))
-    start = (jnp.zeros_like(gradient), w, working, side, 0 * y, zero, zero, false, false)
-    d, _, active, _, e, _, iterations, settled, stuck = jax.lax.while_loop(going, body, start)
+    start = (jnp.zeros_like(gradient), w, working, side, 0 * y, zero, Work(), false, false)
+    d, _, active, _, e, _, spent, settled, stuck = jax.lax.while_loop(going, body, start)
     good = jnp.all(jnp.isfinite(d)) & jnp.all(jnp.isfinite(e)) & (settled | ~stuck)
     curvature = jnp.dot(d, solver.hessian(prepared, d))
-    return Step(d, e, curvature, active, iterations, good)
+    return Step(d, e, curvature, active, spent, good)
