@@ -374,10 +374,10 @@ class Start:
 class Solver(eqx.Module):
     """A solver is immutable configuration; what evolves lives in a state (a pytree of arrays).
 
-    Four methods make a solver. Four more have defaults: `check` looks at options and start before
+    Four methods make a solver. Five more have defaults: `check` looks at options and start before
     anything is compiled, `verify` re-checks the stopping criterion on a fresh evaluation of the
     returned point, `work` counts what `tell` did with operators, `record` names scalars for the
-    history.
+    history, `by_gradients` does without second derivatives.
     """
 
     @abc.abstractmethod
@@ -421,6 +421,11 @@ class Solver(eqx.Module):
         """Scalars of the state that the history keeps, by name."""
         del state
         return {}
+
+    def by_gradients(self) -> "Solver":
+        """This solver for problems without second derivatives (Python code): `solve` takes it in
+        place of the solver there."""
+        return self
 
     @property
     def honours_bounds(self) -> bool:

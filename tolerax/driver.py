@@ -99,7 +99,7 @@ def solve(
     if not isinstance(x0, Run):
         x0 = check_start(x0)
         solver.check(x0)
-    solver = traced_floats(solver)
+    solver = traced_floats(solver.by_gradients() if problem.host else solver)
     if isinstance(x0, Run):
         run = _loop.extended(_loop.resumable(x0), max_steps)
     else:

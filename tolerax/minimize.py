@@ -32,6 +32,7 @@ from tolerax._scipy import (
 from tolerax.contracts import Accuracy, Evaluation, Problem, Query, Solver, Start, State, Work
 from tolerax.driver import solve
 from tolerax.solution import Solution, Step
+from tolerax.solvers.augmented_lagrangian import ExactAugmentedLagrangian
 from tolerax.solvers.cbo import CBO
 from tolerax.solvers.freezing import ConsensusFreezing
 from tolerax.solvers.hoag import HOAG
@@ -49,6 +50,7 @@ METHODS: dict[str, Callable[[], Solver]] = {
     "newton": InexactNewton,
     "maid": MAID,
     "hoag": HOAG,
+    "sqp": ExactAugmentedLagrangian,
     "cbo": CBO,
     "consensus-hopping": ConsensusHopping,
     "consensus-freezing": ConsensusFreezing,
@@ -121,6 +123,9 @@ def minimize(
     - `method`: `"line-search"` (default), `"steepest-descent"`, `"newton"`, `"maid"`, `"hoag"`;
       `"cbo"`, `"consensus-hopping"`, `"consensus-freezing"` (by values at many points);
       `"model-trust-region"` (by values at few points); or a solver of this library.
+    - `method`: `"line-search"` (default), `"steepest-descent"`, `"maid"`, `"hoag"`; `"sqp"` (with
+      second derivatives, and for constraints); `"cbo"`, `"consensus-hopping"`,
+      `"consensus-freezing"` (by values at many points); or a solver of this library.
     - `jac`: `None`; `True` when `fun` returns `(value, gradient)`; a callable `jac(x, *args)`;
       `"2-point"` (forward differences, central ones where the accuracy needs them) or `"3-point"`
       (central differences). With a string `fun` is always called as Python code.

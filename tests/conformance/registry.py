@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tolerax import HOAG, MAID, InexactLineSearch, InexactNewton, Solver
+from tolerax import HOAG, MAID, ExactAugmentedLagrangian, InexactLineSearch, InexactNewton, Solver
 
 # What a gradient-based descent method reports, whatever it is built of.
 DESCENT = frozenset(
@@ -114,6 +114,7 @@ SOLVERS = (
         statuses=(ADAPTIVE - {"converged_estimated"}) | {"gradient_inconsistent"},
         names_wrong_gradients=True,
     ),
+    Entry("sqp", ExactAugmentedLagrangian, "sqp", solves=ALL),
 )
 
 # One entry a class: for what depends on the code of a solver and not on its fields, and compiles.

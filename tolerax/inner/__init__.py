@@ -8,6 +8,11 @@ from tolerax.inner.direct import Direct as Direct
 from tolerax.inner.flexible import FlexibleCG as FlexibleCG
 from tolerax.inner.gmres import FGMRES as FGMRES
 from tolerax.inner.gmres import GMRES as GMRES
+from tolerax.inner.kkt import DenseKKT as DenseKKT
+from tolerax.inner.kkt import KKTResult as KKTResult
+from tolerax.inner.kkt import KKTSolver as KKTSolver
+from tolerax.inner.kkt import KKTSystem as KKTSystem
+from tolerax.inner.kkt import KrylovKKT as KrylovKKT
 from tolerax.inner.krylov import CG as CG
 from tolerax.inner.levenberg_marquardt import BatchedLevenbergMarquardt as BatchedLevenbergMarquardt
 from tolerax.inner.levenberg_marquardt import LeastSquaresResult as LeastSquaresResult

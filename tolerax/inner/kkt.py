@@ -1,12 +1,13 @@
-"""Linear systems of optimality conditions: a Hessian, the rows of constraints, their multipliers."""
+"""Linear systems of optimality conditions: a Hessian, rows of constraints, multipliers."""
 
+import abc
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from tolerax.contracts import Work
 from tolerax.inner.minres import MINRES
@@ -34,7 +35,6 @@ class KKTSystem(eqx.Module):
     count: tuple[int, int] = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
     preconditioner: Callable[[Vector, Vector], tuple[Vector, Vector]] | None = None
-
 
     def in_full(self) -> "KKTSystem":
         """The same system with the rows as a matrix."""
@@ -72,22 +72,30 @@ class KKTResult(eqx.Module):
     spent: Work
 
 
-class KKTSolver(Protocol):
+class KKTSolver(eqx.Module):
     """What solves the systems of an SQP step.
 
-    `prepare` sees the system once a point, and makes it one whose solutions descend: H is changed
-    where it is not positive definite on the null space of the `working` rows. `caution` counts
-    the steps at this point that did not descend. `solve` is called for one set of active rows after the other.
+    `prepare` sees the system once a point, and makes it one whose solutions descend: where H is not
+    positive definite on the null space of the `working` rows it gets a curvature of at least
+    `floor` there, and `shift` is added to all of it. `solve` is called for one set of active rows
+    after the other, `multipliers` once, for those that fit the gradient g best.
     """
 
+    @abc.abstractmethod
     def prepare(
-        self, system: KKTSystem, working: Bool[Array, " m"], caution: Int[Array, ""]
-    ) -> Any: ...
+        self, system: KKTSystem, working: Bool[Array, " m"], floor: ArrayLike, shift: ArrayLike
+    ) -> Any:
+        raise NotImplementedError
 
-    def hessian(self, prepared: Any, d: Vector) -> Vector: ...
+    @abc.abstractmethod
+    def hessian(self, prepared: Any, d: Vector) -> Vector:
+        raise NotImplementedError
 
-    def multipliers(self, system: KKTSystem, g: Vector, rows: Bool[Array, " m"]) -> Vector: ...
+    @abc.abstractmethod
+    def multipliers(self, system: KKTSystem, g: Vector, rows: Bool[Array, " m"]) -> Vector:
+        raise NotImplementedError
 
+    @abc.abstractmethod
     def solve(
         self,
         prepared: Any,
@@ -98,36 +106,37 @@ class KKTSolver(Protocol):
         *,
         relative: ArrayLike,
         guess: tuple[Vector, Vector] | None = None,
-    ) -> KKTResult: ...
+    ) -> KKTResult:
+        raise NotImplementedError
 
 
-class DenseKKT(eqx.Module):
+class DenseKKT(KKTSolver):
     """Matrices in full and one factorization a solve: n Hessian products a point.
 
     Where the Hessian is not positive definite on the null space of the working rows, its
-    eigenvalues there are replaced by their absolute values, and those that are nearly 0 by `least`
-    times the largest.
+    eigenvalues there are replaced by their absolute values, but at least by the floor.
 
     >>> import jax.numpy as jnp
     >>> H, A = jnp.diag(jnp.array([1.0, -2.0])), jnp.array([[1.0, 0.0]])
     >>> system = KKTSystem(lambda d: H @ d, lambda d: A @ d, lambda e: A.T @ e, (2, 1), float)
     >>> solver, one = DenseKKT(), jnp.array([True])
-    >>> prepared = solver.prepare(system, one, jnp.array(0))
+    >>> prepared = solver.prepare(system, one, 0.1, 0.0)
     >>> solver.hessian(prepared, jnp.array([0.0, 1.0]))
     Array([0., 2.], dtype=float64)
     """
 
-    least: float = 1e-8
-
     def prepare(
-        self, system: KKTSystem, working: Bool[Array, " m"], caution: Int[Array, ""]
+        self, system: KKTSystem, working: Bool[Array, " m"], floor: ArrayLike, shift: ArrayLike
     ) -> tuple[Array, Array]:
         eye = jnp.eye(system.count[0], dtype=system.dtype)
-        h = system.hessian.matrix if isinstance(system.hessian, Matrix) else jax.vmap(system.hessian)(eye)
+        h = (
+            system.hessian.matrix
+            if isinstance(system.hessian, Matrix)
+            else jax.vmap(system.hessian)(eye)
+        )
         h = 0.5 * (h + h.T)
         a = _rows_of(system)
-        shift = jnp.where(caution > 1, 1e-4 * 10.0**caution, 0.0)
-        return _convex(h, a * working[:, None], self.least, shift), a
+        return _convex(h, a * working[:, None], floor, shift), a
 
     def hessian(self, prepared: tuple[Array, Array], d: Vector) -> Vector:
         return prepared[0] @ d
@@ -171,24 +180,28 @@ def _rows_of(system: KKTSystem) -> Float[Array, "m n"]:
     return rows.matrix  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
 
 
-def _convex(h: Array, working: Array, least: ArrayLike, shift: ArrayLike) -> Array:
+def _convex(h: Array, working: Array, floor: ArrayLike, shift: ArrayLike) -> Array:
     """H with positive curvature on the null space of the working rows."""
     n = h.shape[0]
     _, s, vt = jnp.linalg.svd(working, full_matrices=True)
     size = jnp.max(s, initial=0)
     rank = jnp.sum(s > 1e-10 * max(working.shape) * size)
-    inside = vt.T * (jnp.arange(n) >= rank)  # columns span the null space, the others are zero
+    inside = (
+        vt.T * (jnp.arange(n) >= rank)[None]
+    )  # columns span the null space, the others are zero
     # On the complement any other number keeps eigenvectors apart.
     apart = 1 + 2 * jnp.linalg.norm(h)
-    complement = vt.T * (jnp.arange(n) < rank)
-    e, q = jnp.linalg.eigh(inside @ (inside.T @ h @ inside) @ inside.T + apart * complement @ complement.T)
+    complement = vt.T * (jnp.arange(n) < rank)[None]
+    e, q = jnp.linalg.eigh(
+        inside @ (inside.T @ h @ inside) @ inside.T + apart * complement @ complement.T
+    )
     ours = e < 0.75 * apart
     largest = jnp.max(jnp.where(ours, jnp.abs(e), 0), initial=0)
-    wanted = jnp.maximum(jnp.abs(e), least * jnp.maximum(largest, 1)) + shift
-    return h + (q * jnp.where(ours, wanted - e, 0)) @ q.T
+    wanted = jnp.where(e > 1e-8 * largest, e, jnp.maximum(jnp.abs(e), floor)) + shift
+    return h + (q * jnp.where(ours, wanted - e, 0)[None]) @ q.T
 
 
-class KrylovKKT(eqx.Module):
+class KrylovKKT(KKTSolver):
     """Preconditioned minimal residuals: products only, as accurate as is asked.
 
     The preconditioner is that of the system. Without a good one only small or well-scaled systems
@@ -200,10 +213,10 @@ class KrylovKKT(eqx.Module):
     linear: MINRES = eqx.field(default_factory=MINRES)
 
     def prepare(
-        self, system: KKTSystem, working: Bool[Array, " m"], caution: Int[Array, ""]
+        self, system: KKTSystem, working: Bool[Array, " m"], floor: ArrayLike, shift: ArrayLike
     ) -> tuple[KKTSystem, Array]:
-        del working
-        return system, jnp.where(caution > 0, 1e-3 * 10.0**caution, 0.0)
+        del working, floor
+        return system, jnp.asarray(shift, system.dtype)
 
     def hessian(self, prepared: tuple[KKTSystem, Array], d: Vector) -> Vector:
         system, shift = prepared
@@ -212,8 +225,8 @@ class KrylovKKT(eqx.Module):
     def multipliers(self, system: KKTSystem, g: Vector, rows: Bool[Array, " m"]) -> Vector:
         # The least-squares fit: the same system with the identity as Hessian.
         plain = eqx.tree_at(lambda s: s.hessian, system, lambda d: d)
-        none, zero = jnp.zeros(rows.shape, g.dtype), jnp.array(0)
-        prepared = self.prepare(plain, rows, zero)
+        none = jnp.zeros(rows.shape, g.dtype)
+        prepared = self.prepare(plain, rows, 0.0, 0.0)
         fit = self.solve(prepared, rows, none, -g, none, relative=1e-2).e
         return jnp.where(jnp.all(jnp.abs(fit) <= 1e3), jnp.where(rows, fit, 0), 0)
 

@@ -1,6 +1,9 @@
 """Solvers: what asks. Each talks to any problem through queries and evaluations."""
 
 from tolerax.inner.levenberg_marquardt import BatchedLevenbergMarquardt as BatchedLevenbergMarquardt
+from tolerax.solvers.augmented_lagrangian import (
+    ExactAugmentedLagrangian as ExactAugmentedLagrangian,
+)
 from tolerax.solvers.cbo import CBO as CBO
 from tolerax.solvers.cbo import Sphere as Sphere
 from tolerax.solvers.cbo import Stiefel as Stiefel

@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from tolerax.contracts import Work
 from tolerax.inner.kkt import KKTSolver, KKTSystem
@@ -76,7 +76,9 @@ def quadratic_step(
     def solve(active: Bool[Array, " m"], side: Vector, start: Any) -> Any:
         # Rows that do not hold say -w e = w y: their multiplier becomes 0.
         b = jnp.where(active, side - rows.values, weight * y)
-        return solver.solve(prepared, active, weight, -lagrangian, b, relative=relative, guess=start)
+        return solver.solve(
+            prepared, active, weight, -lagrangian, b, relative=relative, guess=start
+        )
 
     if only_equalities:
         every = jnp.ones(rows.values.shape, bool)
@@ -106,7 +108,9 @@ def quadratic_step(
         above = side == rows.upper
         keeps = active & (rows.equal | jnp.where(above, new >= -slack, new <= slack))
         full = w + ap
-        joins = ~active & ((full < rows.lower - slack * weight) | (full > rows.upper + slack * weight))
+        joins = ~active & (
+            (full < rows.lower - slack * weight) | (full > rows.upper + slack * weight)
+        )
         settled = finite & jnp.all(keeps == active) & ~jnp.any(joins)
         falls = finite & (slope(jnp.zeros(())) < 0)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start, Work
 from tolerax.inner.kkt import DenseKKT, KKTSolver, KKTSystem, KrylovKKT, Matrix
-from tolerax.solvers._common import Box, failure, select
+from tolerax.solvers._common import Box, failure, resolution, select, success
 from tolerax.solvers._subproblem import Rows, Step, quadratic_step
 from tolerax.status import PointStatus, Status, is_failed
 
@@ -111,8 +111,8 @@ class ExactAugmentedLagrangian(Solver):
     - `linear`: a solver of the KKT systems: [`DenseKKT`][] (default up to 1000 unknowns and rows),
       [`KrylovKKT`][] (default above, and for problems with a preconditioner), or
       [`SketchAndProject`][].
-    - `second_order`: `False` takes BFGS updates in place of Hessian products; `solve` sets it for
-      Python code.
+    - `second_order`: `False` takes BFGS updates in place of Hessian products, as is done anyway
+      where a problem gives none.
 
     Source: merit function, penalty and accuracy rule: Hong, Na, Mahoney, Kolar (ICML 2023, arXiv
     2305.18379), with the Hessian of the Lagrangian in the last term; stabilized subproblems: Wright
@@ -130,16 +130,16 @@ class ExactAugmentedLagrangian(Solver):
     Array([-1., -1.], dtype=float64)
     """
 
-    rtol: float = 0.0
-    atol: float = 1e-6
-    feasible_at: float = 1e-6
-    eta: tuple[float, float] = (1.0, 0.1)
+    rtol: ArrayLike = 0.0
+    atol: ArrayLike = 1e-6
+    feasible_at: ArrayLike = 1e-6
+    eta: tuple[ArrayLike, ArrayLike] = (1.0, 0.1)
     patience: int = 4
-    forcing: float = 0.3
+    forcing: ArrayLike = 0.3
     linear: KKTSolver | None = None
     second_order: bool = eqx.field(static=True, default=True)
     accuracy: Accuracy = eqx.field(default_factory=lambda: Accuracy(1e-3, 1e-3))
-    sufficient_decrease: float = 1e-4
+    sufficient_decrease: ArrayLike = 1e-4
     max_trials: int = 25
 
     def __check_init__(self):
@@ -176,11 +176,17 @@ class ExactAugmentedLagrangian(Solver):
             sides = [ravel_pytree(side)[0].astype(dtype) for side in start.constraint_bounds]
         bounded = start.bounds is not None
         if bounded:
-            sides = [jnp.concatenate([a, b]) for a, b in zip(sides, (box.lower, box.upper), strict=True)]
+            sides = [
+                jnp.concatenate([a, b]) for a, b in zip(sides, (box.lower, box.upper), strict=True)
+            ]
         m = sides[0].size
         zero, inf, count = jnp.zeros((), dtype), jnp.array(jnp.inf, dtype), jnp.array(0, jnp.int32)
         of_x, of_y = jnp.zeros(n, dtype), jnp.zeros(m, dtype)
         now = Iterate(x, of_y, of_x, of_y, of_x, of_x)
+        by_gradients = not self.second_order
+        if not by_gradients:
+            second = start.answer(Query(start.x, self.accuracy, start.carry, derivatives=2))
+            by_gradients = getattr(second, "hessian", None) is None
         return SQPState(
             now=now,
             ref=Reference(now, inf, zero, inf),
@@ -200,7 +206,7 @@ class ExactAugmentedLagrangian(Solver):
             request=jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), self.accuracy),
             refinements=count,
             carry=start.carry,
-            secant=None if self.second_order else jnp.eye(n, dtype=dtype),
+            secant=jnp.eye(n, dtype=dtype) if by_gradients else None,
             lower=sides[0],
             upper=sides[1],
             box=box,
@@ -212,7 +218,7 @@ class ExactAugmentedLagrangian(Solver):
 
     def ask(self, state: SQPState) -> Query:
         x = state.box.unravel(self._trial(state)[0])
-        derivatives = 2 if self.second_order else 1
+        derivatives = 2 if state.secant is None else 1
         return Query(x, state.request, state.carry, derivatives=derivatives)
 
     def tell(self, state: SQPState, query: Query, evaluation: Evaluation) -> SQPState:
@@ -231,9 +237,17 @@ class ExactAugmentedLagrangian(Solver):
         feasible = violation <= self.feasible_at
         measure = self._measure(told)
         tolerance = self._tolerance(state)
+        merit = self._merit(state, told)
         holds = ~failed & feasible & (measure + error <= tolerance)
+        if evaluation.violation is None:
+            # Without constraints a lower point that was seen is a better one.
+            slack = 64 * jnp.finfo(merit.dtype).eps * (1 + jnp.abs(merit))
+            holds = holds & (merit <= state.ref.merit + slack)
         certified = evaluation.provenance.certified
         converged = Status.converged if certified else Status.converged_estimated
+        base = select(state.kind == BACK, state.ref.at, state.now)
+        change = told.slope - (base.slope + state.step * base.change)
+        converged = success(converged, tolerance, resolution(told.x, told.x - base.x, change))
         here = dataclasses.replace(state.now, x=told.x, y=told.y)
         state = _replace(state, now=select(holds, here, state.now))
         state = _finish_if(state, holds, converged)
@@ -245,7 +259,6 @@ class ExactAugmentedLagrangian(Solver):
         vague = ~failed & (error > 0.25 * jnp.maximum(measure, 0.5 * tolerance))
         hopeless = vague & (state.refinements >= 12)
         state = _finish_if(state, hopeless, failure(evaluation.status))
-        merit = self._merit(state, told)
         branch = jnp.where(failed, 1, jnp.where(vague, 2, 3))
         told_of = jax.lax.switch(
             jnp.where(state.done, 0, branch),
@@ -324,9 +337,7 @@ class ExactAugmentedLagrangian(Solver):
             left, right = evaluation.preconditioner.mv(unravel_x(a), unravel_c(b[:inner]))
             return flat(left), jnp.concatenate([flat(right), b[inner:]])
 
-        return KKTSystem(
-            hessian, rows, transposed, (n, m), dtype, inverse if has_inverse else None
-        )
+        return KKTSystem(hessian, rows, transposed, (n, m), dtype, inverse if has_inverse else None)
 
     def _told(self, state: SQPState, evaluation: Evaluation) -> Told:
         """The answer on flat vectors, with the multipliers of the trial or, at the start, those
@@ -343,8 +354,10 @@ class ExactAugmentedLagrangian(Solver):
         if isinstance(linear, DenseKKT):
             system = system.in_full()
         if system.preconditioner is None and c.size:
+            # Far from feasible points the best fit bends the model the wrong way.
+            near = jnp.linalg.norm(c - rows.within(c)) < 0.9 * jnp.linalg.norm(g)
             fit = lambda: linear.multipliers(system, g, rows.equal)  # noqa: E731
-            y = jax.lax.cond(state.scale == 0, fit, lambda: y)
+            y = jax.lax.cond((state.scale == 0) & near, fit, lambda: y)
         slope = g + system.transposed(y)
         left = c - rows.within(c + y / state.eta[0])
         inverse = system.preconditioner
@@ -386,9 +399,7 @@ class ExactAugmentedLagrangian(Solver):
         request = jax.tree.map(jnp.minimum, evaluation.achieved * factor, state.request * 0.5)
         return _replace(state, request=request, refinements=state.refinements + 1)
 
-    def _judge(
-        self, state: SQPState, evaluation: Evaluation, told: Told, merit: Array
-    ) -> SQPState:
+    def _judge(self, state: SQPState, evaluation: Evaluation, told: Told, merit: Array) -> SQPState:
         """Accept a trial, let it pass for now, or go back."""
         ref, kind = state.ref, state.kind
         eps = jnp.finfo(merit.dtype).eps
@@ -458,14 +469,12 @@ class ExactAugmentedLagrangian(Solver):
 
     # -- the next step ----------------------------------------------------------------------------
 
-    def _plan(
-        self, state: SQPState, evaluation: Evaluation, told: Told, merit: Array
-    ) -> SQPState:
+    def _plan(self, state: SQPState, evaluation: Evaluation, told: Told, merit: Array) -> SQPState:
         """Solve the quadratic program, set the penalties, and choose the next trial."""
         system = self._system(state, evaluation, told.y)
         linear = self._linear(system)
         hessian = system.hessian
-        if isinstance(linear, DenseKKT) and self.second_order:
+        if isinstance(linear, DenseKKT) and state.secant is None:
             hessian = Matrix(jax.vmap(hessian)(jnp.eye(told.x.size, dtype=told.x.dtype)))
         dtype, rows, y = told.x.dtype, told.rows, told.y
         fresh = state.relaxed == 0
@@ -482,10 +491,15 @@ class ExactAugmentedLagrangian(Solver):
         relative = jnp.minimum(self.forcing, jnp.sqrt(told.size / state.scale))
         largest = 1e3 * (1 + jnp.linalg.norm(y) + jnp.linalg.norm(told.g))
 
+        # Where nothing is known of the curvature a step is ten times as long as x at most.
+        floor = size / (10 * jnp.maximum(1, jnp.linalg.norm(told.x)))
+
         def attempt(carry: tuple) -> tuple:
             _, weight, tries, spent, _, _, _ = carry
-            caution = state.caution + jnp.where(tries > 1, tries - 1, 0).astype(jnp.int32)
-            prepared = linear.prepare(system, jnp.where(tries == 0, working, rows.equal), caution)
+            caution = state.caution + jnp.maximum(tries - 1, 0)
+            shift = jnp.where(caution > 0, floor * jnp.asarray(10, dtype) ** caution, 0)
+            expected = jnp.where(tries == 0, working, rows.equal)
+            prepared = linear.prepare(system, expected, floor, shift)
             step = quadratic_step(
                 linear,
                 prepared,
@@ -513,9 +527,8 @@ class ExactAugmentedLagrangian(Solver):
         step, _, _, spent, _, eta, descent = jax.lax.while_loop(going, attempt, begin)
         descent = jnp.where(jnp.isfinite(descent), descent, -jnp.inf)
 
-        now = Iterate(
-            told.x, y, step.d, step.e, told.slope, system.transposed(step.e)
-        )
+        step = dataclasses.replace(step, d=self._within_bounds(state, told, step))
+        now = Iterate(told.x, y, step.d, step.e, told.slope, system.transposed(step.e))
         eta = jnp.where(fresh, eta, state.eta)
         merit = self._merit(_replace(state, eta=eta), told)
         ref = select(fresh, Reference(now, merit, descent, told.size), state.ref)
@@ -523,8 +536,8 @@ class ExactAugmentedLagrangian(Solver):
         # are extrapolated to where they lead.
         before, length = state.now.d, jnp.linalg.norm(step.d)
         ratio = length / jnp.linalg.norm(before)
-        along = jnp.dot(step.d, before) >= 0.9 * length * jnp.linalg.norm(before)
-        longer = along & (ratio > 0.4) & (ratio < 0.9) & state.steady & jnp.all(rows.equal)
+        along = jnp.dot(step.d, before) >= 0.98 * length * jnp.linalg.norm(before)
+        longer = along & (ratio > 0.6) & (ratio < 0.9) & state.steady & jnp.all(rows.equal)
         # Linearized constraints that cannot be met any better, again and again, cannot be met.
         v = rows.values - rows.within(rows.values)
         after = rows.values + system.rows(step.d)
@@ -547,6 +560,17 @@ class ExactAugmentedLagrangian(Solver):
         )
         return _finish_if(planned, (blocked >= 4) & fresh, Status.infeasible)
 
+    def _within_bounds(self, state: SQPState, told: Told, step: Step) -> Float[Array, " n"]:
+        """The step, up to a bound to the last bit where the quadratic program ends there: its
+        stabilization leaves a little."""
+        if not state.bounded:
+            return step.d
+        n, box = told.x.size, state.box
+        active, z = step.active[-n:], (told.y + step.e)[-n:]
+        d = jnp.where(active & (z < 0) & jnp.isfinite(box.lower), box.lower - told.x, step.d)
+        d = jnp.where(active & (z > 0) & jnp.isfinite(box.upper), box.upper - told.x, d)
+        return box.clip(told.x + d) - told.x
+
     def _penalties(
         self, state: SQPState, system: KKTSystem, told: Told, step: Step
     ) -> tuple[Float[Array, "2"], Float[Array, ""], Bool[Array, ""]]:
@@ -556,7 +580,7 @@ class ExactAugmentedLagrangian(Solver):
         change = system.hessian(step.d) + system.transposed(step.e)
         kkt = jnp.dot(told.z[0], change)
         along = jnp.dot(slope, step.d) - jnp.dot(y, ad)
-        if not self.second_order:
+        if state.secant is not None:
             kkt = jnp.zeros_like(kkt)
 
         def descent(eta: Array) -> tuple[Array, Array]:
@@ -567,7 +591,7 @@ class ExactAugmentedLagrangian(Solver):
                 weighted = left
             first = along + jnp.dot(y + eta[0] * weighted, ad) + jnp.dot(left, step.e)
             size = jnp.dot(slope, told.z[0]) + jnp.dot(left, weighted)
-            wanted = 0.5 * eta[1] * size if self.second_order else 0.25 * step.curvature
+            wanted = 0.5 * eta[1] * size if state.secant is None else 0.25 * step.curvature
             return first + eta[1] * kkt, -wanted
 
         def wrong(carry: tuple) -> Bool[Array, ""]:
@@ -614,4 +638,3 @@ def _replace(state: SQPState, **changes: Any) -> SQPState:
 def _finish_if(state: SQPState, condition: Array, status: Any) -> SQPState:
     ends = condition & ~state.done
     return _replace(state, done=state.done | ends, status=Status.where(ends, status, state.status))
-

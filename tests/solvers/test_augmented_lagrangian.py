@@ -1,0 +1,100 @@
+"""Known solutions are reached with and without second derivatives, and what has none says so."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+import tolerax
+from tests.solvers import constrained
+from tests.solvers.constrained import CASES
+
+SOLVABLE = [name for name, case in CASES.items() if not np.isnan(case.value)]
+SOLVERS = {
+    "second order": tolerax.ExactAugmentedLagrangian(),
+    "by gradients": tolerax.ExactAugmentedLagrangian(second_order=False),
+}
+
+
+def solve(name, solver="second order", **options):
+    problem, start = constrained.problem(name)
+    return problem, tolerax.solve(problem, SOLVERS[solver], start, max_steps=300, **options)
+
+
+RUNS = [(name, "second order") for name in SOLVABLE]
+RUNS += [(name, "by gradients") for name in ("7", "42", "43", "71", "76")]
+
+
+@pytest.mark.parametrize(("name", "solver"), RUNS)
+def test_reaches_a_known_solution(name, solver):
+    problem, solution = solve(name, solver)
+    case = CASES[name]
+    assert bool(solution.success), solution.message
+    # What was claimed, without the library: both tolerances are 1e-6, and twice that is the second
+    # look's; multipliers of the fit are the best, so its residual is at most ours.
+    violation, slope = constrained.optimality(problem, solution.x, 1e-5)
+    assert violation <= 1e-6
+    assert slope <= 3e-6
+    # A value differs by the multipliers times the violation; those here are at most 150.
+    np.testing.assert_allclose(solution.value, case.value, rtol=1e-6, atol=2e-4)
+    if case.x is not None:
+        # The flattest of these problems has a curvature of about 0.01 along its constraints.
+        np.testing.assert_allclose(solution.x[: len(case.x)], case.x, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["infeasible", "two lines"])
+def test_an_infeasible_problem_is_named_with_its_violation(name):
+    _, solution = solve(name)
+    assert bool(solution.status == tolerax.Status.infeasible)
+    # x^2 + 1 is 1 at best; of two lines at a distance one is missed by at least half of it, 1.
+    assert 1 - 1e-6 <= float(solution.violation) <= 2 + 1e-6
+
+
+def test_work_is_counted():
+    _, solution = solve("71")
+    assert int(solution.work.points) == int(solution.steps)
+    assert int(solution.work.hessian_products) >= constrained.N
+    few = solve("71", max_work={"points": 3})[1]
+    assert int(few.work.points) == 3
+    assert bool(few.status == tolerax.Status.budget)
+
+
+def test_points_stay_within_the_bounds():
+    asked = []
+    solve("71", callback=lambda step: asked.append(np.asarray(step.query.x)[:4]))
+    assert len(asked) > 3
+    assert all(np.all((x >= 1) & (x <= 5)) for x in asked)
+
+
+def test_minimize_takes_the_constraints_of_scipy():
+    def fun(x):
+        return x[0] * x[3] * (x[0] + x[1] + x[2]) + x[2]
+
+    constraints = [
+        {"type": "ineq", "fun": lambda x: x[0] * x[1] * x[2] * x[3] - 25},
+        scipy.optimize.NonlinearConstraint(lambda x: x @ x, 40, 40),
+        scipy.optimize.LinearConstraint(np.array([[1.0, 0.0, 0.0, 0.0]]), -np.inf, 1.5),
+    ]
+    result = tolerax.minimize(
+        fun, [1.0, 5.0, 5.0, 1.0], method="sqp", bounds=[(1, 5)] * 4, constraints=constraints
+    )
+    assert result.success
+    np.testing.assert_allclose(result.fun, CASES["71"].value, atol=1e-6)
+    np.testing.assert_allclose(result.x, CASES["71"].x, atol=1e-5)
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="atol is -1"):
+        tolerax.ExactAugmentedLagrangian(atol=-1.0)
+    with pytest.raises(ValueError, match="eta is"):
+        tolerax.ExactAugmentedLagrangian(eta=(0.0, 0.1))
+
+
+def test_a_batch_of_starts_equals_single_runs():
+    problem, start = constrained.problem("42")
+    starts = start[None] + jnp.arange(3.0)[:, None] / 10
+    run = lambda x: tolerax.solve(problem, SOLVERS["second order"], x, max_steps=50)  # noqa: E731
+    batch = jax.jit(jax.vmap(run))(starts)
+    for i, x in enumerate(starts):
+        np.testing.assert_allclose(batch.x[i], run(x).x, atol=1e-10)
