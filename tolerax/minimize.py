@@ -331,6 +331,9 @@ class AtMost(Solver):
     def record(self, state: State) -> dict[str, Array]:
         return self.solver.record(state[0])
 
+    def by_gradients(self) -> Solver:
+        return AtMost(self.solver.by_gradients(), self.limit)
+
     @property
     def feasibility(self) -> ArrayLike:
         return self.solver.feasibility

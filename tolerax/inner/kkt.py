@@ -1,6 +1,7 @@
 """Linear systems of optimality conditions: a Hessian, rows of constraints, multipliers."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ class KKTSystem(eqx.Module):
 
     - `hessian(d)`, `rows(d)`, `transposed(e)`: products with H, A, A'.
     - `preconditioner(a, b)`: an approximate inverse of the absolute value of the matrix, symmetric
-      and positive definite; or `None`.
+      and positive definite; or `None`. `price`: what one use of it costs.
     """
 
     hessian: Callable[[Vector], Vector]
@@ -35,6 +36,7 @@ class KKTSystem(eqx.Module):
     count: tuple[int, int] = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
     preconditioner: Callable[[Vector, Vector], tuple[Vector, Vector]] | None = None
+    price: Work | None = None
 
     def in_full(self) -> "KKTSystem":
         """The same system with the rows as a matrix."""
@@ -44,9 +46,7 @@ class KKTSystem(eqx.Module):
         else:
             matrix = jax.vmap(self.rows)(jnp.eye(n, dtype=self.dtype)).T
         rows, transposed = Matrix(matrix), Matrix(matrix.T)
-        return KKTSystem(
-            self.hessian, rows, transposed, self.count, self.dtype, self.preconditioner
-        )
+        return dataclasses.replace(self, rows=rows, transposed=transposed)
 
 
 class Matrix(eqx.Module):
@@ -78,7 +78,8 @@ class KKTSolver(eqx.Module):
     `prepare` sees the system once a point, and makes it one whose solutions descend: where H is not
     positive definite on the null space of the `working` rows it gets a curvature of at least
     `floor` there, and `shift` is added to all of it. `solve` is called for one set of active rows
-    after the other, `multipliers` once, for those that fit the gradient g best.
+    after the other (`image` is the preconditioner's answer to the right side where it is known),
+    `multipliers` once, for those that fit the gradient g best.
     """
 
     @abc.abstractmethod
@@ -105,7 +106,7 @@ class KKTSolver(eqx.Module):
         b: Vector,
         *,
         relative: ArrayLike,
-        guess: tuple[Vector, Vector] | None = None,
+        image: tuple[Vector, Vector] | None = None,
     ) -> KKTResult:
         raise NotImplementedError
 
@@ -158,9 +159,9 @@ class DenseKKT(KKTSolver):
         b: Vector,
         *,
         relative: ArrayLike,
-        guess: tuple[Vector, Vector] | None = None,
+        image: tuple[Vector, Vector] | None = None,
     ) -> KKTResult:
-        del relative, guess
+        del relative, image
         h, rows = prepared
         rows = rows * active[:, None]
         n, eps = h.shape[0], jnp.finfo(h.dtype).eps
@@ -239,7 +240,7 @@ class KrylovKKT(KKTSolver):
         b: Vector,
         *,
         relative: ArrayLike,
-        guess: tuple[Vector, Vector] | None = None,
+        image: tuple[Vector, Vector] | None = None,
     ) -> KKTResult:
         system, _ = prepared
         n, _ = system.count
@@ -253,12 +254,20 @@ class KrylovKKT(KKTSolver):
         inverse = None
         if system.preconditioner is not None:
             inverse = lambda z: jnp.concatenate(system.preconditioner(z[:n], z[n:]))  # noqa: E731
-        start = None if guess is None else jnp.concatenate(guess)
         right = jnp.concatenate([a, b])
         solve = self.linear(
-            product, right, tolerance=0.0, relative=relative, guess=start, preconditioner=inverse
+            product,
+            right,
+            tolerance=0.0,
+            relative=relative,
+            preconditioner=inverse,
+            image=None if image is None else jnp.concatenate(image),
+            exact_residual=False,
         )
         tiny = jnp.finfo(a.dtype).tiny
         residual = solve.error / jnp.maximum(solve.first_error, tiny)
         spent = Work(hessian_products=solve.products, linear_iterations=solve.iterations)
+        if system.price is not None:
+            times = solve.iterations + (image is None)
+            spent = spent + jax.tree.map(lambda count: times * count, system.price)
         return KKTResult(solve.x[:n], solve.x[n:], residual, spent)

@@ -5,6 +5,8 @@ from tolerax.problems.bilevel import SumOver as SumOver
 from tolerax.problems.constants import proved as proved
 from tolerax.problems.energy import Energy as Energy
 from tolerax.problems.energy import Euclidean as Euclidean
+from tolerax.problems.full_space import FullSpace as FullSpace
+from tolerax.problems.full_space import MatchedSchur as MatchedSchur
 from tolerax.problems.implicit import BackwardReport as BackwardReport
 from tolerax.problems.implicit import Implicit as Implicit
 from tolerax.problems.least_squares import LeastSquares as LeastSquares

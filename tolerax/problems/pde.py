@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PyTree
 from tolerax.inner.gmres import GMRES
 from tolerax.inner.minres import MINRES
 from tolerax.inner.roots import NewtonKrylov
+from tolerax.problems.full_space import FullSpace
 from tolerax.problems.implicit import Implicit
 from tolerax.problems.stability import Stability
 
@@ -88,3 +89,10 @@ class PDEConstrained(Implicit):
             adjoint_solver=linear,
         )
         super().__init__(cost, y0, residual=residual, norm=norm, metric=metric, bounds=bounds)
+
+    def full_space(self, preconditioner: Callable[[PyTree, PyTree], Any]) -> FullSpace:
+        """The same problem in state and control at once, for [`ExactAugmentedLagrangian`][]; see
+        [`FullSpace`][]. Start from `(y0, u0)`."""
+        if self.residual is None or self.bounds is not None:
+            raise ValueError("full_space needs a residual and a control without bounds.")
+        return FullSpace(self.cost, self.residual, preconditioner)

@@ -56,7 +56,7 @@ def quadratic_step(
     *,
     only_equalities: bool,
     relative: ArrayLike,
-    guess: tuple[Vector, Vector] | None = None,
+    image: tuple[Vector, Vector] | None = None,
     max_sets: int = 60,
 ) -> Step:
     """Minimize over d
@@ -77,12 +77,12 @@ def quadratic_step(
         # Rows that do not hold say -w e = w y: their multiplier becomes 0.
         b = jnp.where(active, side - rows.values, weight * y)
         return solver.solve(
-            prepared, active, weight, -lagrangian, b, relative=relative, guess=start
+            prepared, active, weight, -lagrangian, b, relative=relative, image=start
         )
 
     if only_equalities:
         every = jnp.ones(rows.values.shape, bool)
-        found = solve(every, rows.upper, guess)
+        found = solve(every, rows.upper, image)
         curvature = jnp.dot(found.d, solver.hessian(prepared, found.d))
         good = jnp.all(jnp.isfinite(found.d)) & jnp.all(jnp.isfinite(found.e))
         return Step(found.d, found.e, curvature, every, found.spent, good)

@@ -223,6 +223,8 @@ class ExactAugmentedLagrangian(Solver):
 
     def tell(self, state: SQPState, query: Query, evaluation: Evaluation) -> SQPState:
         told = self._told(state, evaluation)
+        if told.system.price is not None:
+            state = _replace(state, spent=state.spent + told.system.price)
         error = evaluation.gradient_error.astype(told.x.dtype)
         failed = is_failed(evaluation.status) | ~jnp.isfinite(told.size + told.f)
         first, tiny = state.scale == 0, jnp.finfo(told.x.dtype).tiny
@@ -337,7 +339,10 @@ class ExactAugmentedLagrangian(Solver):
             left, right = evaluation.preconditioner.mv(unravel_x(a), unravel_c(b[:inner]))
             return flat(left), jnp.concatenate([flat(right), b[inner:]])
 
-        return KKTSystem(hessian, rows, transposed, (n, m), dtype, inverse if has_inverse else None)
+        if not has_inverse:
+            return KKTSystem(hessian, rows, transposed, (n, m), dtype)
+        price = getattr(evaluation.preconditioner, "work", None)
+        return KKTSystem(hessian, rows, transposed, (n, m), dtype, inverse, price)
 
     def _told(self, state: SQPState, evaluation: Evaluation) -> Told:
         """The answer on flat vectors, with the multipliers of the trial or, at the start, those
@@ -494,6 +499,8 @@ class ExactAugmentedLagrangian(Solver):
         # Where nothing is known of the curvature a step is ten times as long as x at most.
         floor = size / (10 * jnp.maximum(1, jnp.linalg.norm(told.x)))
 
+        image = None if system.preconditioner is None else jax.tree.map(jnp.negative, told.z)
+
         def attempt(carry: tuple) -> tuple:
             _, weight, tries, spent, _, _, _ = carry
             caution = state.caution + jnp.maximum(tries - 1, 0)
@@ -510,7 +517,8 @@ class ExactAugmentedLagrangian(Solver):
                 jnp.full_like(y, weight),
                 working,
                 only_equalities=system.preconditioner is not None,
-                relative=relative * 0.01**tries,
+                relative=relative * jnp.asarray(0.01, dtype) ** tries,
+                image=image,
             )
             small = jnp.linalg.norm(step.e) <= largest
             eta, descent, falls = self._penalties(state, system, told, step)
