@@ -4,12 +4,19 @@ The reduced space, where the state is a function of the control. Figures of the 
 state, control and adjoint are unknowns of one system, join `GROUPS` as modules of their own.
 """
 
-from benchmarks import pde_bounds, pde_inversion, pde_poisson, pde_semilinear
+from benchmarks import (
+    pde_bounds,
+    pde_full_space,
+    pde_inversion,
+    pde_poisson,
+    pde_semilinear,
+)
 
 GROUPS = (
     pde_poisson.GROUP,
     pde_poisson.TIME_GROUP,
     pde_inversion.GROUP,
     pde_semilinear.GROUP,
+    pde_full_space.GROUP,
     pde_bounds.GROUP,
 )

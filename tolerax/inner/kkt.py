@@ -86,15 +86,15 @@ class KKTSolver(eqx.Module):
     def prepare(
         self, system: KKTSystem, working: Bool[Array, " m"], floor: ArrayLike, shift: ArrayLike
     ) -> Any:
-        raise NotImplementedError
+        """The system with H made fit for steps that descend."""
 
     @abc.abstractmethod
     def hessian(self, prepared: Any, d: Vector) -> Vector:
-        raise NotImplementedError
+        """That H times d."""
 
     @abc.abstractmethod
     def multipliers(self, system: KKTSystem, g: Vector, rows: Bool[Array, " m"]) -> Vector:
-        raise NotImplementedError
+        """The multipliers of these rows that fit the gradient g best (least squares)."""
 
     @abc.abstractmethod
     def solve(
@@ -108,7 +108,7 @@ class KKTSolver(eqx.Module):
         relative: ArrayLike,
         image: tuple[Vector, Vector] | None = None,
     ) -> KKTResult:
-        raise NotImplementedError
+        """The step for one set of active rows."""
 
 
 class DenseKKT(KKTSolver):

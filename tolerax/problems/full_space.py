@@ -51,7 +51,26 @@ class FullSpace(Problem):
     cost: Callable
     residual: Callable
     preconditioner: Callable
-    bounds: None = None
+    bounds: tuple[PyTree, PyTree] | None
+
+    def __init__(
+        self,
+        cost: Callable[[PyTree, PyTree], Float[Array, ""]],
+        residual: Callable[[PyTree, PyTree], PyTree],
+        preconditioner: Callable[[PyTree, PyTree], Any],
+    ):
+        for name, given in (("cost", cost), ("residual", residual)):
+            if not callable(given):
+                raise TypeError(f"{name} is {given!r}: give a callable of state and control.")
+        if not callable(preconditioner):
+            raise TypeError(
+                f"preconditioner is {preconditioner!r}: give a callable of state and control that "
+                "returns an operator, for instance `MatchedSchur(laplacian, alpha, 0.0)`."
+            )
+        self.cost = cost
+        self.residual = residual
+        self.preconditioner = preconditioner
+        self.bounds = None
 
     @property
     def constraint_bounds(self) -> tuple[PyTree, PyTree]:

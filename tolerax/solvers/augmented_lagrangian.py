@@ -147,7 +147,7 @@ class ExactAugmentedLagrangian(Solver):
             value = getattr(self, name)
             if not isinstance(value, jax.Array) and not value >= 0:
                 raise ValueError(f"{name} is {value}: it must not be negative.")
-        if not isinstance(self.eta[0], jax.Array) and not (self.eta[0] > 0 and self.eta[1] > 0):
+        if any(not isinstance(eta, jax.Array) and not float(eta) > 0 for eta in self.eta):  # pyright: ignore[reportArgumentType]
             raise ValueError(f"eta is {self.eta}: both penalties must be positive.")
 
     @property
@@ -391,7 +391,7 @@ class ExactAugmentedLagrangian(Solver):
         return told.f + at + 0.5 * eta_2 * jnp.dot(told.slope, slope)
 
     def _tolerance(self, state: SQPState) -> Float[Array, ""]:
-        return self.atol + self.rtol * state.scale
+        return jnp.asarray(self.atol + self.rtol * state.scale)
 
     # -- trials -----------------------------------------------------------------------------------
 
