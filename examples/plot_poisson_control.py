@@ -74,7 +74,7 @@ for name, options in (("adapted", {}), ("fixed at 1e-10", fixed)):
     newton = tolerax.InexactNewton(rtol=1e-7, atol=0.0, **options)
     solution = tolerax.solve(p.problem, newton, p.x0)
     rows = solution.history.rows()
-    relative = rows["gradient_norm"] / rows["gradient_norm"][0]
+    relative = rows["gradient_norm"] / solution.state.solver_state.scale
     ax.semilogy(rows["pde_solves"], relative, "o-", label=name)
     print(f"{name}: {solution.work.pde_solves} Poisson solves")
 ax.set(xlabel="Poisson solves", ylabel="gradient / gradient at the start")

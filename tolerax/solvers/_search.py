@@ -350,6 +350,8 @@ class IntervalSearch(Solver):
             jnp.maximum(self.share * to.expected, 0.5 * tolerance),
             jnp.maximum(tolerance - measure, 0.1 * tolerance),
         )
+        # A gradient of 0 is all error: by how much to tighten it does not say.
+        target = jnp.where(measure > 0, target, 0.1 * z_error)
         nearly = (measure <= 0.9 * tolerance) & (z_error > 0)
         search = descends & clear & ~nearly & to.ready if self.adaptive else jnp.array(True)
         # Without a direction there is no decrease yet that the value has to resolve.
