@@ -36,7 +36,7 @@ small = os.environ.get("TOLERAX_EXAMPLE_SIZE") == "small"
 # heat equation, each to its own tolerance.
 
 solver = tolerax.InexactNewton(rtol=1e-6, atol=0.0, gauss_newton=True)
-for n in (7, 15) if small else (15, 31):
+for n in (7,) if small else (15, 31):
     p = coefficient_inversion(n)
     solution = tolerax.solve(p.problem, solver, p.x0)
     model = solution.state.solver_state.model
