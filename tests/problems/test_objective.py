@@ -249,7 +249,7 @@ def test_a_gradient_that_is_missing_is_asked_for_before_the_first_call():
     with pytest.raises(TypeError, match=r'give `gradient`.*"2-point"'):
         tolerax.solve(problem, tolerax.HOAG(), jnp.ones(2))
     assert not calls
-    with pytest.raises(TypeError, match="Hessian products"):
+    with pytest.raises(TypeError, match="needs gradients"):
         problem.evaluate(Query(jnp.ones(2), ASK, derivatives=2))
 
 
