@@ -13,6 +13,7 @@ BENCHMARKS = {
     "bilevel": "benchmarks.bilevel",
     "cbo": "benchmarks.cbo",
     "pde": "benchmarks.pde",
+    "moe": "benchmarks.moe",
 }
 
 

@@ -19,6 +19,7 @@ from tolerax.problems import NeuralSurrogate as NeuralSurrogate
 from tolerax.problems import Objective as Objective
 from tolerax.problems import PDEConstrained as PDEConstrained
 from tolerax.problems import Workers as Workers
+from tolerax.problems import batched_least_squares as batched_least_squares
 from tolerax.problems import proved as proved
 from tolerax.solution import Solution as Solution
 from tolerax.solvers import CBO as CBO

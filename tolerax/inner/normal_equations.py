@@ -5,6 +5,8 @@ factored, which is within a factor sqrt(n) of the best scaling (van der Sluis, *
 Mathematik* 14, 1969).
 """
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -64,6 +66,13 @@ def _safe(factor: Square) -> tuple[Square, Bool[Array, " k"]]:
     return jnp.where(fine[:, None, None], factor, _eye(factor)), fine
 
 
+def _convex(gram: Square, extra: Square) -> Square:
+    """gram + extra where that is positive definite, else gram. (Turning the negative eigenvalues
+    round instead did not save evaluations.)"""
+    fine = jnp.all(jnp.isfinite(_factor_of(gram + extra)), axis=(1, 2))
+    return jnp.where(fine[:, None, None], gram + extra, gram)
+
+
 def normal_equations(
     r: Float[Array, "k m"],
     J: Float[Array, "k m n"],
@@ -84,8 +93,8 @@ def normal_equations(
     gram = jnp.einsum("kmi,kmj->kij", J, J) + ridge[:, None, None] * eye
     gradient = jnp.einsum("kmi,km->ki", J, r) + ridge[:, None] * w
     if curvature is not None:
-        convex = jnp.all(jnp.isfinite(_factor_of(gram + curvature)), axis=(1, 2))
-        gram = jnp.where(convex[:, None, None], gram + curvature, gram)
+        used = jnp.any(curvature != 0)
+        gram = jax.lax.cond(used, _convex, lambda gram, _: gram, gram, curvature)
     scale = _lengths(gram)
     factor, fine = _safe(_factor_of(gram))
     # |B^-1| from two inverse iterations; |B| is at most its trace, n.
@@ -169,3 +178,30 @@ def trust_region_step(normal: Normal, radius: Lane, free: Bool[Array, "k n"]) ->
     start = (zero, *_damped(normal, zero, free), 0)
     damping, q, _, _ = jax.lax.while_loop(too_long, more_damping, start)
     return q / normal.scale, damping
+
+
+def factored(H: Square) -> Callable[[Rows], Rows]:
+    """Solves with symmetric matrices: Cholesky's method where they are positive definite to working
+    precision, else by eigenvectors, without those whose eigenvalues are rounding."""
+    scale = _lengths(H)
+    unit = H / (scale[:, :, None] * scale[:, None, :])
+    factor = jnp.linalg.cholesky(unit, symmetrize_input=False)
+    factor, fine = _safe(factor)
+
+    def by_eigenvectors() -> tuple[Rows, Square]:
+        values, V = jnp.linalg.eigh(unit)
+        return values, V
+
+    nothing = lambda: (jnp.ones_like(scale), jnp.zeros_like(unit))  # noqa: E731
+    values, V = jax.lax.cond(jnp.all(fine), nothing, by_eigenvectors)
+    size = jnp.max(jnp.abs(values), axis=1, keepdims=True)
+    kept = jnp.abs(values) > 10 * scale.shape[1] * jnp.finfo(H.dtype).eps * size
+
+    def solve(b: Rows) -> Rows:
+        b = b / scale
+        by_factor = _solve_lower(factor, b)
+        along = jnp.einsum("kji,kj->ki", V, b) / jnp.where(kept, values, jnp.inf)
+        by_vectors = jnp.einsum("kij,kj->ki", V, along)
+        return jnp.where(fine[:, None], by_factor, by_vectors) / scale
+
+    return solve

@@ -9,6 +9,8 @@ from tolerax.problems.full_space import FullSpace as FullSpace
 from tolerax.problems.full_space import MatchedSchur as MatchedSchur
 from tolerax.problems.implicit import BackwardReport as BackwardReport
 from tolerax.problems.implicit import Implicit as Implicit
+from tolerax.problems.lanes import InLanes as InLanes
+from tolerax.problems.lanes import batched_least_squares as batched_least_squares
 from tolerax.problems.least_squares import LeastSquares as LeastSquares
 from tolerax.problems.norms import CrossBounds as CrossBounds
 from tolerax.problems.objective import Objective as Objective

@@ -68,14 +68,16 @@ class Fixed:
     def lagrangian(self, y: Vector, q: Vector, flat_x: Float[Array, " m"]) -> Scalar:
         """J(y, x) - <q, F(y, x)>: its gradient in x is the gradient of phi."""
         x = self.unravel_x(flat_x)
+        return self.problem.cost(self.unravel(y), x) - self.pairing(y, q, x)
+
+    def pairing(self, y: Vector, q: Vector, x: PyTree) -> Scalar:
+        """<q, F(y, x)>."""
         problem, y_tree = self.problem, self.unravel(y)
         if problem.residual is None:
             assert problem.potential is not None
             h = problem.potential
-            pairing = jax.jvp(lambda y: h(y, x), (y_tree,), (self.unravel(q),))[1]
-        else:
-            pairing = jnp.vdot(ravel_pytree(problem.residual(y_tree, x))[0], q)
-        return problem.cost(y_tree, x) - pairing
+            return jax.jvp(lambda y: h(y, x), (y_tree,), (self.unravel(q),))[1]
+        return jnp.vdot(ravel_pytree(problem.residual(y_tree, x))[0], q)
 
     def riesz_x(self, g: Float[Array, " m"]) -> Float[Array, " m"]:
         """R^-1 g for what is like the gradient in x, with R the metric of the problem."""
@@ -105,7 +107,7 @@ class Fixed:
 class Solved(eqx.Module):
     """A state or adjoint solve: the vector, bounds on its error, the work and the outcome;
     `rounding` is what rounding may have added to the residual, in the dual norm; `memory` is what
-    linear solves have learned, if anything."""
+    linear solves have learned, if anything; `lanes` is what became of independent parts."""
 
     vector: Vector
     residual: Vector
@@ -116,6 +118,7 @@ class Solved(eqx.Module):
     estimates: dict[str, Array]
     rounding: Scalar | float = 0.0
     memory: Any = None
+    lanes: Any = None
 
 
 class Implicit(Problem):
@@ -256,15 +259,20 @@ class Implicit(Problem):
         )
 
     def solution(
-        self, x: PyTree, accuracy: Accuracy, report: "BackwardReport | None" = None
+        self,
+        x: PyTree,
+        accuracy: Accuracy,
+        report: "BackwardReport | None" = None,
+        guess: PyTree | None = None,
     ) -> PyTree:
         """The state y(x), differentiable in x by `jax.grad` (implicit function theorem).
 
         - `accuracy`: `state` is the tolerance of the forward solve, `adjoint` that of the backward
           solve; the second never inherits the first.
         - `report`: [`BackwardReport.blank`][]; its gradient returns how the backward solve went.
+        - `guess`: where the solve starts, a pytree like y; `y0` by default.
 
-        The derivative does not depend on `y0` or on the iterations of the solve.
+        The derivative does not depend on the guess or on the iterations of the solve.
 
         >>> import jax, jax.numpy as jnp, tolerax
         >>> from tolerax.problems import BackwardReport
@@ -282,7 +290,18 @@ class Implicit(Problem):
         >>> round(float(slope), 6), bool(report.residual < 1e-9)
         (-0.5, True)
         """
-        return _solution((x, report), self, accuracy)
+        return self.solution_and_report(x, accuracy, report, guess)[0]
+
+    def solution_and_report(
+        self,
+        x: PyTree,
+        accuracy: Accuracy,
+        report: "BackwardReport | None" = None,
+        guess: PyTree | None = None,
+    ) -> tuple[PyTree, Solved]:
+        """The same with the report of the forward solve, which has no derivative."""
+        guess = jax.tree.map(jax.lax.stop_gradient, self.y0 if guess is None else guess)
+        return _solution((x, report), self, accuracy, guess)
 
     def solve_state(
         self, x: PyTree, tolerance: float | Array, carry: Carry | None = None
@@ -300,58 +319,74 @@ class BackwardReport(eqx.Module):
 
     Pass `BackwardReport.blank()` to `solution` and differentiate with respect to it as well: its
     "gradient" holds the achieved `residual` (Euclidean), the bound on the `error` of the adjoint in
-    the norm of the problem, and the `products` that the solve took.
+    the norm of the problem, and the `products` that the solve took. Where the state falls into
+    independent lanes it has an entry for each (`blank(lanes)`), and `failed` is 1 for those
+    whose adjoint could not be solved for: their part of the gradient is 0.
     """
 
-    residual: Scalar
-    error: Scalar
-    products: Scalar
+    residual: Float[Array, "*lanes"]
+    error: Float[Array, "*lanes"]
+    products: Float[Array, "*lanes"]
+    failed: Float[Array, "*lanes"]
 
     @classmethod
-    def blank(cls) -> "BackwardReport":
+    def blank(cls, lanes: int | None = None) -> "BackwardReport":
         """Zeros, to be filled by the backward pass."""
-        return cls(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
+        zero = jnp.zeros(() if lanes is None else (lanes,))
+        return cls(zero, zero, zero, zero)
 
 
 @eqx.filter_custom_vjp
-def _solution(inputs: tuple, problem: Implicit, accuracy: Accuracy) -> PyTree:
+def _solution(
+    inputs: tuple, problem: Implicit, accuracy: Accuracy, guess: PyTree
+) -> tuple[PyTree, Solved]:
     x, _ = inputs
-    return problem.solve_state(x, accuracy.state)[0]
+    y, _ = ravel_pytree(guess)
+    cold = problem.cold_start()
+    return problem.solve_state(x, accuracy.state, eqx.tree_at(lambda c: c.y, cold, y))
 
 
 @_solution.def_fwd
 def _solution_forward(
-    perturbed: PyTree, inputs: tuple, problem: Implicit, accuracy: Accuracy
-) -> tuple[PyTree, PyTree]:
+    perturbed: PyTree, inputs: tuple, problem: Implicit, accuracy: Accuracy, guess: PyTree
+) -> tuple[tuple[PyTree, Solved], PyTree]:
     del perturbed
-    y = _solution(inputs, problem, accuracy)
-    return y, y
+    answer = _solution(inputs, problem, accuracy, guess)
+    return answer, answer[0]
 
 
 @_solution.def_bwd
 def _solution_backward(
     y: PyTree,
-    y_bar: PyTree,
+    y_bar: tuple[PyTree, Solved],
     perturbed: PyTree,
     inputs: tuple,
     problem: Implicit,
     accuracy: Accuracy,
+    guess: PyTree,
 ) -> tuple:
     """The adjoint solve `F_y' q = y_bar`, then `x_bar = -F_x' q`."""
-    del perturbed
+    del perturbed, guess
     x, report = inputs
     at = Fixed(problem, x)
+    zeros = lambda bar, y: jnp.zeros_like(y) if bar is None else bar  # noqa: E731
+    y_bar = jax.tree.map(zeros, y_bar[0], y, is_leaf=lambda leaf: leaf is None)
     flat, b = ravel_pytree(y)[0], ravel_pytree(y_bar)[0]
     known = problem.norm.constants(at, problem.cold_start())
     solve = problem.norm.solve_transpose(at, known, flat, b, accuracy.adjoint)
-    # A cost without x leaves only the equation in the Lagrangian.
-    equation = eqx.tree_at(lambda p: p.cost, problem, lambda y, x: jnp.zeros(()))
-    x_bar = jax.grad(Fixed(equation, x).lagrangian, argnums=2)(flat, solve.x, at.flat_x)
+    x_bar = jax.tree.map(jnp.negative, jax.grad(at.pairing, argnums=2)(flat, solve.x, x))
+    failed = getattr(solve, "failed", None)
+    if failed is not None:
+        # Products of 0 with what is not a number: only the part of that lane is 0.
+        clean = lambda bar: jnp.where(failed.reshape(-1, *[1] * (bar.ndim - 1)), 0, bar)  # noqa: E731
+        x_bar = jax.tree.map(clean, x_bar)
     if report is not None:
-        products = solve.products.astype(report.products.dtype)
-        report = BackwardReport(jnp.linalg.norm(solve.residual), solve.error, products)
-        report = jax.tree.map(lambda a, b: a.astype(b.dtype), report, inputs[1])
-    return at.unravel_x(x_bar), report
+        lost = jnp.zeros(()) if failed is None else failed
+        parts = solve.residual.reshape(*jnp.shape(lost), -1)
+        filled = (jnp.linalg.norm(parts, axis=-1), solve.error, solve.products, lost)
+        kinds = jax.tree.leaves(report)
+        report = BackwardReport(*(a.astype(b.dtype) for a, b in zip(filled, kinds, strict=True)))
+    return x_bar, report
 
 
 def _worse(first: Any, second: Any) -> Any:

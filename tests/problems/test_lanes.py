@@ -1,0 +1,148 @@
+"""Derivatives of minimizers in lanes: against closed forms, and lanes that fail."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tolerax
+from tolerax.problems import BackwardReport, InLanes
+
+LANES, M, N = 4, 12, 3
+
+
+def bent(w):
+    return w + 0.1 * w**3
+
+
+def residuals(w, data):
+    """A (w + w^3 / 10) - b: the minimizer is known however A is conditioned."""
+    A, b = data
+    return A @ bent(w) - b
+
+
+@functools.cache
+def lanes(condition: float = 10.0):
+    """Matrices, right-hand sides that they do not reach, minimizers and their derivative in b,
+    from factors that are known."""
+    rng = np.random.default_rng(0)
+    U = np.linalg.qr(rng.normal(size=(LANES, M, M)))[0]
+    V = np.linalg.qr(rng.normal(size=(LANES, N, N)))[0]
+    s = np.geomspace(1, 1 / condition, N)
+    A = U[:, :, :N] * s @ np.swapaxes(V, 1, 2)
+    w = rng.uniform(0.5, 1.5, (LANES, N))
+    # Rounding A moves the minimizer by condition^2 * eps * |residual|: keep that below 1e-7.
+    residual = min(0.3, 300 / condition)
+    b = np.einsum("kmn,kn->km", A, bent(w)) + residual * U[:, :, N]
+    pinv = (V / s) @ np.swapaxes(U[:, :, :N], 1, 2)
+    return jnp.asarray(A), jnp.asarray(b), w, pinv / (1 + 0.3 * w**2)[:, :, None]
+
+
+@functools.partial(jax.jit, static_argnames="hessian")
+def gradient(A, b, start, ridge, hessian="exact"):
+    """Of the sum of all minimizers in b, and the report; with the minimizers."""
+
+    def loss(b, report):
+        found = tolerax.batched_least_squares(
+            residuals,
+            start,
+            (A, b),
+            tolerance=1e-12,
+            adjoint_tolerance=1e-9,
+            ridge=ridge,
+            bounds=(-5.0, 5.0),
+            hessian=hessian,
+            report=report,
+        )
+        return jnp.sum(found.w), found
+
+    report = BackwardReport.blank(LANES)
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(b, report)
+
+
+START = jnp.ones((LANES, N))
+
+
+@pytest.mark.parametrize("condition", [10.0, 1e3, 1e5])
+def test_the_exact_derivative_is_that_of_the_closed_form(condition):
+    A, b, w, derivative = lanes(condition)
+    (slope, report), found = gradient(A, b, START, 0.0)
+    np.testing.assert_allclose(found.w, w, atol=condition * 1e-12 + 1e-9)
+    true = derivative.sum(axis=1)
+    # Residuals are rounded, by about eps; so is the curvature that they weigh, and the smallest
+    # eigenvalue that it is added to is 1 / condition^2.
+    wrong = np.linalg.norm(slope - true) / np.linalg.norm(true)
+    assert wrong <= 1e-9 + 10 * condition**2 * np.finfo(float).eps
+    assert not np.any(report.failed)
+    # Relative to terms of size |H| |q|, up to condition^2 times the right-hand side.
+    assert np.all(report.residual <= 1e-14 * condition**2 + 1e-10)
+
+
+def test_gauss_newton_is_wrong_where_residuals_are_large_and_says_so():
+    A, b, _, derivative = lanes()
+    true = derivative.sum(axis=1)
+    (exact, _), _ = gradient(A, b, START, 0.0)
+    (by_cg, report), _ = gradient(A, b, START, 0.0, "cg")
+    np.testing.assert_allclose(by_cg, exact, atol=1e-7)
+    assert np.all(report.products > 0)
+    # Residuals that are orthogonal to the range of A have no curvature: bend them.
+    shifted = b + 0.3 * A @ jnp.ones(N)
+    (exact, fine), _ = gradient(A, shifted, 1.5 * START, 0.5)
+    (rough, report), _ = gradient(A, shifted, 1.5 * START, 0.5, "gauss-newton")
+    wrong = np.linalg.norm(exact - rough)
+    assert wrong > 1e-3 * np.linalg.norm(true)
+    assert np.all(report.residual > 1e3 * fine.residual)
+
+
+def test_a_ridge_is_the_same_forward_and_backward():
+    A, b, _, _ = lanes()
+    A = A.at[0, :, 1].set(A[0, :, 0])  # a basis that has lost its rank
+    (slope, report), _ = gradient(A, b, START, 1e-2)
+    assert not np.any(report.failed)
+    step = 1e-5 * jnp.cos(jnp.arange(LANES * M)).reshape(b.shape)
+    ends = [float(jnp.sum(gradient(A, b + side * step, START, 1e-2)[1].w)) for side in (1, -1)]
+    assert (ends[0] - ends[1]) / 2 == pytest.approx(float(jnp.vdot(slope, step)), rel=1e-5)
+
+
+def test_lanes_that_fail_have_no_gradient_and_say_so():
+    A, b, _, _ = lanes()
+    (clean, _), _ = gradient(A, b, START, 0.0)
+    (slope, report), found = gradient(A, b.at[2, 0].set(jnp.nan), START, 0.0)
+    assert report.failed.tolist() == [0, 0, 1, 0]
+    assert np.all(np.asarray(slope)[2] == 0)
+    others = [0, 1, 3]
+    np.testing.assert_allclose(slope[np.array(others)], clean[np.array(others)], rtol=1e-9)
+    failed = np.asarray(found.status == tolerax.PointStatus.failed)
+    assert failed.tolist() == [False, False, True, False]
+    # Without a ridge the sum of the coefficients is not determined by two equal columns with
+    # opposite signs: no derivative, and no number in its place.
+    A = A.at[0, :, 1].set(-A[0, :, 0])
+    (slope, report), _ = gradient(A, b, START, 0.0)
+    assert report.failed.tolist() == [1, 0, 0, 0]
+    assert np.all(np.asarray(slope)[0] == 0)
+
+
+def test_variables_at_a_bound_do_not_move():
+    A = lanes(1.0)[0]  # orthonormal columns: every variable has its own minimum
+    high = 8.0 * A @ jnp.ones(N) * jnp.arange(1.0, LANES + 1)[:, None]
+    (slope, report), found = gradient(A, high, START, 0.0)
+    held = np.all(np.asarray(found.w) == 5.0, axis=1)
+    assert held.tolist() == [False, False, True, True]
+    np.testing.assert_array_equal(np.asarray(slope)[held], 0.0)
+    assert not np.any(report.failed)
+
+
+def test_a_guess_saves_evaluations_and_changes_no_derivative():
+    A, b, _, _ = lanes()
+    (cold, _), found = gradient(A, b, START, 0.0)
+    (warm, _), again = gradient(A, b, found.w, 0.0)
+    assert np.all(again.evaluations == 1)
+    assert np.all(found.evaluations > 3)
+    np.testing.assert_allclose(warm, cold, rtol=1e-9)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(Exception, match="hessian"):
+        InLanes(residuals, hessian="newton")

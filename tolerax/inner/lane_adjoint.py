@@ -1,0 +1,116 @@
+"""Linear solves with the Hessian of least squares in lanes, for derivatives of the minimizers."""
+
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+
+from tolerax.inner.krylov import CG
+from tolerax.inner.levenberg_marquardt import in_blocks
+from tolerax.inner.normal_equations import factored
+from tolerax.inner.residuals import Structured
+
+Lane = Float[Array, " k"]
+Rows = Float[Array, "k n"]
+Hessian = Literal["exact", "gauss-newton", "cg"]
+
+
+class LaneSolve(eqx.Module):
+    """Solutions q of `H q = b` in lanes.
+
+    - `residual`: b - H q with the exact H, whichever was solved with. `error`: in the energy norm,
+      as far as the residual says it. - `products`: with H (0 where it was factored).
+    - `failed`: lanes where that is not finite, or where a direct solve left more than a thousandth
+      of b; their q is 0.
+    """
+
+    x: Rows
+    residual: Rows
+    error: Lane
+    failed: Bool[Array, " k"]
+    products: Int[Array, " k"]
+
+
+def solve_hessian(
+    fun: Structured,
+    w: Rows,
+    data: PyTree,
+    b: Rows,
+    *,
+    ridge: Lane,
+    free: Bool[Array, "k n"],
+    hessian: Hessian,
+    tolerance: ArrayLike = 0.0,
+    max_products: int = 100,
+    block: int | None = None,
+) -> LaneSolve:
+    """Solve `H q = b` over the free variables of every lane, with `H = J'J + ridge + sum r_i r_i''`
+    at w, or without the sum (`"gauss-newton"`).
+
+    - `"exact"`, `"gauss-newton"`: Cholesky's method, refined twice with products that go through J
+      and not through J'J; by eigenvectors where there is no factor: directions without curvature
+      are left out of q, and a b that has them fails.
+    - `"cg"`: products with the exact H only, until the bound on the error in the energy norm is at
+      most `tolerance`, or after `max_products`.
+    """
+    b = jnp.where(free, b, 0)
+
+    def direct(w: Rows, data: PyTree, b: Rows, ridge: Lane, free: Array) -> tuple[Rows, Rows, Lane]:
+        r, J = jax.vmap(fun.with_jacobian)(w, data)
+        eye = jnp.eye(w.shape[1], dtype=w.dtype)[None]
+        S = ridge[:, None, None] * eye
+        if hessian == "exact":
+            S = S + jax.vmap(fun.curvature)(w, data, r)
+        both = free[:, :, None] & free[:, None, :]
+        H = jnp.where(both, jnp.einsum("kmi,kmj->kij", J, J) + S, eye)
+        solve = factored(jnp.where(jnp.isfinite(H), H, eye))
+
+        def left(q: Rows) -> Rows:
+            through = jnp.einsum("kmi,km->ki", J, jnp.einsum("kmi,ki->km", J, q))
+            return b - jnp.where(free, through + jnp.einsum("kij,kj->ki", S, q), 0)
+
+        q = jnp.where(free, solve(b), 0)
+        for _ in range(2):
+            q = q + jnp.where(free, solve(left(q)), 0)
+        rest = left(q)
+        if hessian == "gauss-newton":
+
+            def missing(w: Array, data: PyTree, r: Array, q: Array) -> Array:
+                slope = jax.grad(lambda w: jnp.vdot(r, fun(w, data)))
+                return jax.jvp(slope, (w,), (q,))[1]
+
+            rest = rest - jnp.where(free, jax.vmap(missing)(w, data, r, q), 0)
+        square = jnp.sum(rest * solve(rest), axis=1)
+        return q, rest, jnp.sqrt(jnp.abs(square))
+
+    def iterative(w: Array, data: PyTree, b: Array, ridge: Array, free: Array) -> tuple:
+        cost = lambda w: 0.5 * jnp.sum(jnp.square(fun(w, data))) + 0.5 * ridge * w @ w  # noqa: E731
+        product = jax.linearize(jax.grad(cost), w)[1]
+        least = jnp.maximum(ridge, jnp.finfo(w.dtype).eps)
+        solved = CG(max_products)(
+            lambda v: jnp.where(free, product(jnp.where(free, v, 0)), v),
+            b,
+            lower_bound=jnp.full_like(b, least),
+            tolerance=tolerance,
+        )
+        return solved.x, solved.residual, solved.error, solved.products
+
+    if hessian == "cg":
+        q, rest, error, products = jax.vmap(iterative)(w, data, b, ridge, free)
+    else:
+        q, rest, error = in_blocks(direct, block, w, data, b, ridge, free)
+        products = jnp.zeros(w.shape[0], jnp.result_type(int))
+    failed = ~jnp.all(jnp.isfinite(q) & jnp.isfinite(rest), axis=1)
+    if hessian == "exact":
+        failed = failed | (jnp.linalg.norm(rest, axis=1) > 1e-3 * jnp.linalg.norm(b, axis=1))
+    return LaneSolve(jnp.where(failed[:, None], 0, q), rest, error, failed, products)
+
+
+def positions(w: Rows, bounds: Any) -> Bool[Array, "k n"]:
+    """Which variables no bound holds."""
+    if bounds is None:
+        return jnp.ones(w.shape, bool)
+    lower, upper = bounds
+    return (w > lower) & (w < upper)
