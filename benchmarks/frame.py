@@ -25,6 +25,9 @@ PACKAGES = (
     "DFO-LS",
     "cbx",
     "cma",
+    "optimistix",
+    "lineax",
+    "jaxopt",
 )
 
 

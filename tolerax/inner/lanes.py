@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tolerax.inner.normal_equations import (
+    NewtonStep,
     Normal,
-    decrement_squared,
+    newton_step,
     normal_equations,
     trust_region_step,
 )
@@ -37,8 +38,8 @@ class Lanes(eqx.Module):
     """Where every lane is (`w`, its `cost`, the `normal` equations there), where it goes next
     (`trial`), and how it is doing.
 
-    - `decrement`: `sqrt(g' (J'J + ridge)^-1 g)` over the free variables, the length in the energy
-      norm of the undamped step: the distance to the minimizer, up to second order.
+    - `undamped`: the step without a trust region; its length in the energy norm, `decrement`, is
+      the distance to the minimizer up to second order.
     - `predicted`: the decrease that the linear model expects of the trial.
     - `radius`: of the trust region; `damping`: what it came to.
     - `newton`: lanes that take second derivatives; `active`: lanes that go on; `floored`: those
@@ -48,7 +49,7 @@ class Lanes(eqx.Module):
     w: Rows
     cost: Lane
     normal: Normal
-    decrement: Lane
+    undamped: NewtonStep
     trial: Rows
     predicted: Lane
     radius: Lane
@@ -58,6 +59,11 @@ class Lanes(eqx.Module):
     active: Flags
     floored: Flags
     free: Bool[Array, "k n"]
+
+    @property
+    def decrement(self) -> Lane:
+        """The distance to the minimizer in the energy norm, up to second order."""
+        return self.undamped.decrement
 
     def status(self, tolerance: Lane) -> Any:
         """The `PointStatus` of every lane."""
@@ -81,7 +87,7 @@ def first_lanes(w: Rows, radius: Lane) -> Lanes:
         w=w,
         cost=inf,
         normal=normal,
-        decrement=inf,
+        undamped=NewtonStep(zero, square, inf),
         trial=w,
         predicted=inf,
         radius=radius,
@@ -111,7 +117,8 @@ def told(
     normal = normal_equations(r, J, x, terms.ridge, lanes.active & finite, curvature)
     g = normal.gradient
     blocked = ((x <= terms.lower) & (g > 0)) | ((x >= terms.upper) & (g < 0))
-    decrement = jnp.sqrt(jnp.maximum(decrement_squared(normal, ~blocked), 0))
+    undamped = newton_step(normal, ~blocked)
+    decrement = undamped.decrement
 
     first = lanes.cost == jnp.inf
     gain = lanes.cost - cost
@@ -138,12 +145,15 @@ def told(
 
     now = _where(
         accept,
-        (x, cost, normal, decrement, ~blocked),
-        (lanes.w, lanes.cost, lanes.normal, lanes.decrement, lanes.free),
+        (x, cost, normal, undamped, ~blocked),
+        (lanes.w, lanes.cost, lanes.normal, lanes.undamped, lanes.free),
     )
-    w, cost, normal, decrement, free = now
+    w, cost, normal, undamped, free = now
+    decrement = undamped.decrement
     going = lanes.active & (decrement > tolerance) & jnp.isfinite(cost)
-    trial, predicted, radius, damping = _proposed(normal, w, radius, free & going[:, None], terms)
+    trial, predicted, radius, damping = _proposed(
+        normal, undamped, w, jnp.where(going, radius, jnp.inf), free, terms
+    )
     still = jnp.all(trial == w, axis=1) | (predicted <= 0)
     done = (decrement <= tolerance) | ~jnp.isfinite(cost)
     floored = lanes.active & ~done & (ended | still)
@@ -154,7 +164,7 @@ def told(
         w=w,
         cost=cost,
         normal=normal,
-        decrement=decrement,
+        undamped=undamped,
         trial=jnp.where(active[:, None], trial, w),
         predicted=predicted,
         radius=radius,
@@ -169,7 +179,12 @@ def told(
 
 
 def _proposed(
-    normal: Normal, w: Rows, radius: Lane, free: Bool[Array, "k n"], terms: Terms
+    normal: Normal,
+    undamped: NewtonStep,
+    w: Rows,
+    radius: Lane,
+    free: Bool[Array, "k n"],
+    terms: Terms,
 ) -> tuple[Rows, Lane, Lane, Lane]:
     """The next trial, the decrease that the linear model expects there, radius and damping."""
 
@@ -183,7 +198,7 @@ def _proposed(
     def propose(state: tuple) -> tuple:
         _, _, radius, _, count = state
         radius = jnp.where(cut(state), 0.25 * radius, radius)
-        p, damping = trust_region_step(normal, radius, free)
+        p, damping = trust_region_step(normal, undamped, radius, free)
         trial = jnp.clip(w + p, terms.lower, terms.upper)
         s = trial - w
         curved = jnp.einsum("ki,kij,kj->k", s, normal.gram, s)

@@ -150,13 +150,25 @@ def _damped(normal: Normal, damping: Lane, free: Bool[Array, "k n"]) -> tuple[Ro
     return jnp.where(free & jnp.isfinite(q), q, 0), factor
 
 
-def decrement_squared(normal: Normal, free: Bool[Array, "k n"]) -> Lane:
-    """`g' A^-1 g` over the free variables, for the gradient g and the gram matrix A."""
-    q, _ = _damped(normal, jnp.zeros_like(normal.condition), free)
-    return jnp.sum(jnp.where(free, -normal.gradient / normal.scale, 0) * q, axis=1)
+class NewtonStep(eqx.Module):
+    """The undamped step: `q` = S p with the lengths S of the columns, the `factor` it was solved
+    with, and its length in the energy norm, `sqrt(g' A^-1 g)` over the free variables."""
+
+    q: Rows
+    factor: Square
+    decrement: Lane
 
 
-def trust_region_step(normal: Normal, radius: Lane, free: Bool[Array, "k n"]) -> tuple[Rows, Lane]:
+def newton_step(normal: Normal, free: Bool[Array, "k n"]) -> NewtonStep:
+    """The minimizer of the linear model over the free variables."""
+    q, factor = _damped(normal, jnp.zeros_like(normal.condition), free)
+    square = jnp.sum(jnp.where(free, -normal.gradient / normal.scale, 0) * q, axis=1)
+    return NewtonStep(q, factor, jnp.sqrt(jnp.maximum(square, 0)))
+
+
+def trust_region_step(
+    normal: Normal, newton: NewtonStep, radius: Lane, free: Bool[Array, "k n"]
+) -> tuple[Rows, Lane]:
     """The minimizer p of the linear model with `|S p| <= radius`, to within 10 %, and its damping
     (Moré, *Lecture Notes in Mathematics* 630, 1978: Newton's method on 1 / |S p|)."""
 
@@ -174,8 +186,7 @@ def trust_region_step(normal: Normal, radius: Lane, free: Bool[Array, "k n"]) ->
         damping = jnp.where(long, damping + change, damping)
         return damping, *_damped(normal, damping, free), count + 1
 
-    zero = jnp.zeros_like(radius)
-    start = (zero, *_damped(normal, zero, free), 0)
+    start = (jnp.zeros_like(radius), newton.q, newton.factor, 0)
     damping, q, _, _ = jax.lax.while_loop(too_long, more_damping, start)
     return q / normal.scale, damping
 
