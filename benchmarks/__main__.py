@@ -12,8 +12,8 @@ from benchmarks import frame
 BENCHMARKS = {
     "bilevel": "benchmarks.bilevel",
     "cbo": "benchmarks.cbo",
-    "pde": "benchmarks.pde",
     "moe": "benchmarks.moe",
+    "pde": "benchmarks.pde",
 }
 
 
