@@ -1,6 +1,10 @@
 """Derivatives of minimizers in lanes: against closed forms, and lanes that fail."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -146,3 +150,41 @@ def test_a_guess_saves_evaluations_and_changes_no_derivative():
 def test_bad_input_is_named():
     with pytest.raises(Exception, match="hessian"):
         InLanes(residuals, hessian="newton")
+
+
+DEVICES = """
+import jax, numpy, sys
+jax.config.update("jax_enable_x64", True)
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import tolerax
+from tests.problems.test_lanes import START, lanes, residuals
+
+A, b, _, _ = lanes()
+rows = []
+for count in (1, 8):
+    mesh = Mesh(numpy.array(jax.devices()[:count]), ("experts",))
+    sharding = None if count == 1 else NamedSharding(mesh, PartitionSpec("experts"))
+    solver = tolerax.BatchedLevenbergMarquardt(sharding=sharding)
+
+    @jax.jit
+    def minimizers(b):
+        found = tolerax.batched_least_squares(residuals, START, (A, b), solver=solver, ridge=0.1)
+        return jax.numpy.sum(found.w), found
+
+    (_, found), slope = jax.value_and_grad(minimizers, has_aux=True)(b)
+    rows.append(numpy.concatenate([found.w.ravel(), slope.ravel()]))
+numpy.save(sys.argv[1], rows)
+"""
+
+
+def test_one_device_gives_what_eight_give(tmp_path):
+    """Four lanes on eight devices: half of them have none of their own."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    subprocess.run(
+        [sys.executable, "-c", DEVICES, str(tmp_path / "rows.npy")],
+        env={**os.environ, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    one, eight = np.load(tmp_path / "rows.npy")
+    np.testing.assert_allclose(eight, one, rtol=1e-12, atol=1e-12)

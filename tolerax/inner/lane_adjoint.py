@@ -5,6 +5,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from tolerax.inner.krylov import CG
@@ -45,6 +46,7 @@ def solve_hessian(
     tolerance: ArrayLike = 0.0,
     max_products: int = 100,
     block: int | None = None,
+    sharding: NamedSharding | None = None,
 ) -> LaneSolve:
     """Solve `H q = b` over the free variables of every lane, with `H = J'J + ridge + sum r_i r_i''`
     at w, or without the sum (`"gauss-newton"`).
@@ -100,7 +102,7 @@ def solve_hessian(
     if hessian == "cg":
         q, rest, error, products = jax.vmap(iterative)(w, data, b, ridge, free)
     else:
-        q, rest, error = in_blocks(direct, block, w, data, b, ridge, free)
+        q, rest, error = in_blocks(direct, block, sharding, w, data, b, ridge, free)
         products = jnp.zeros(w.shape[0], jnp.result_type(int))
     failed = ~jnp.all(jnp.isfinite(q) & jnp.isfinite(rest), axis=1)
     if hessian == "exact":

@@ -107,6 +107,7 @@ class InLanes(eqx.Module):
             tolerance=tolerance,
             max_products=self.max_products,
             block=self.solver.block,
+            sharding=self.solver.sharding,
         )
         return LaneAdjoint(
             solve.x.ravel(), solve.residual.ravel(), solve.error, solve.products, solve.failed
