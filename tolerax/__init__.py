@@ -23,6 +23,7 @@ from tolerax.problems import batched_least_squares as batched_least_squares
 from tolerax.problems import proved as proved
 from tolerax.solution import Solution as Solution
 from tolerax.solvers import CBO as CBO
+from tolerax.solvers import CDSM as CDSM
 from tolerax.solvers import HOAG as HOAG
 from tolerax.solvers import MAID as MAID
 from tolerax.solvers import BatchedLevenbergMarquardt as BatchedLevenbergMarquardt

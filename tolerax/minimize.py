@@ -34,6 +34,7 @@ from tolerax.driver import solve
 from tolerax.solution import Solution, Step
 from tolerax.solvers.augmented_lagrangian import ExactAugmentedLagrangian
 from tolerax.solvers.cbo import CBO
+from tolerax.solvers.cdsm import CDSM
 from tolerax.solvers.freezing import ConsensusFreezing
 from tolerax.solvers.hoag import HOAG
 from tolerax.solvers.hopping import ConsensusHopping
@@ -55,6 +56,7 @@ METHODS: dict[str, Callable[[], Solver]] = {
     "consensus-hopping": ConsensusHopping,
     "consensus-freezing": ConsensusFreezing,
     "model-trust-region": ModelTrustRegion,
+    "cdsm": CDSM,
 }
 
 #: Codes of `OptimizeResult.status`: 0 is success; 1, 2, 3 and 99 are those of SciPy's BFGS.
@@ -121,11 +123,9 @@ def minimize(
     - `x0`: the start. Integers are cast; a point outside `bounds` is moved inside, with a warning.
     - `args`: further arguments of `fun` and `jac`; a single one may stand without its tuple.
     - `method`: `"line-search"` (default), `"steepest-descent"`, `"newton"`, `"maid"`, `"hoag"`;
-      `"cbo"`, `"consensus-hopping"`, `"consensus-freezing"` (by values at many points);
-      `"model-trust-region"` (by values at few points); or a solver of this library.
-    - `method`: `"line-search"` (default), `"steepest-descent"`, `"maid"`, `"hoag"`; `"sqp"` (with
-      second derivatives, and for constraints); `"cbo"`, `"consensus-hopping"`,
-      `"consensus-freezing"` (by values at many points); or a solver of this library.
+      `"sqp"` (with second derivatives, and for constraints); `"cbo"`, `"consensus-hopping"`,
+      `"consensus-freezing"` (by values at many points); `"model-trust-region"`, `"cdsm"` (by values
+      at few points); or a solver of this library.
     - `jac`: `None`; `True` when `fun` returns `(value, gradient)`; a callable `jac(x, *args)`;
       `"2-point"` (forward differences, central ones where the accuracy needs them) or `"3-point"`
       (central differences). With a string `fun` is always called as Python code.

@@ -13,7 +13,7 @@ import pytest
 import tolerax
 from tests.conformance import zoo
 from tests.conformance.test_runs import stop_at
-from tolerax import ModelTrustRegion, Solver, Status
+from tolerax import CDSM, ModelTrustRegion, Solver, Status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,10 @@ class Search:
         return self.make(**{**self.fields, **fields})
 
 
-SEARCHES = (Search("model-trust-region", ModelTrustRegion, "model-trust-region"),)
+SEARCHES = (
+    Search("model-trust-region", ModelTrustRegion, "model-trust-region"),
+    Search("cdsm", CDSM, "cdsm"),
+)
 every = pytest.mark.parametrize("entry", SEARCHES, ids=str)
 START = jnp.asarray(zoo.START)
 

@@ -7,6 +7,7 @@ from tolerax.solvers.augmented_lagrangian import (
 from tolerax.solvers.cbo import CBO as CBO
 from tolerax.solvers.cbo import Sphere as Sphere
 from tolerax.solvers.cbo import Stiefel as Stiefel
+from tolerax.solvers.cdsm import CDSM as CDSM
 from tolerax.solvers.consensus import Anisotropic as Anisotropic
 from tolerax.solvers.consensus import Covariance as Covariance
 from tolerax.solvers.consensus import EffectiveSampleSize as EffectiveSampleSize

@@ -8,11 +8,14 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from tolerax.contracts import Start
 from tolerax.inner.interpolation import Basis, Quadratic, basis
 from tolerax.inner.trust_region import in_ball_and_box
-from tolerax.solvers._common import select
+from tolerax.solvers._common import Box, select
+from tolerax.solvers._population import scale_like
 
 Scalar = Float[Array, ""]
 Vector = Float[Array, " n"]
@@ -245,3 +248,31 @@ def _leaving(region: Region, lower: Array) -> Int[Array, ""]:
     keep = (jnp.arange(weight.size) == region.best) & ~lower
     weight = jnp.where(keep, -1, weight)
     return jnp.argmax(jnp.where(region.used, weight, jnp.inf))
+
+
+def inserted(region: Region, point: Vector, value: Scalar, sides: Sides) -> Region:
+    """The region with a point of others, which is lower than all of its own."""
+    c, r = region.center, region.radius
+    shared = basis((region.points - c[None]) / r, region.used, sides.fixed)
+    there = shared.lagrange_at((point - c) / r)
+    region = dataclasses.replace(region, trial=point, influence=there)
+    slot = _leaving(region, jnp.array(True))
+    return dataclasses.replace(
+        region,
+        points=region.points.at[slot].set(point),
+        values=region.values.at[slot].set(value),
+        used=region.used.at[slot].set(True),
+        radius=jnp.maximum(r, jnp.linalg.norm(point - c)),
+        improve=jnp.array(False),
+        shrink=jnp.array(False),
+    )
+
+
+def first_radius(radius: PyTree, start: Start, box: Box) -> Float[Array, " n"]:
+    """The unit of each variable."""
+    x0, _ = ravel_pytree(start.x)
+    if radius is not None:
+        return scale_like(radius, start.x, "radius")
+    width = box.upper - box.lower
+    free = 0.5 * jnp.maximum(1.0, jnp.abs(x0))
+    return jnp.where(jnp.isfinite(width) & (width > 0), 0.2 * width, free)

@@ -1,7 +1,6 @@
 """Derivative-free minimization by quadratic models in a trust region."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -14,10 +13,19 @@ from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.evolution import sample_size
 from tolerax.inner.positive_bases import positive_basis
 from tolerax.solvers import _exploration as exploration
+from tolerax.solvers._branches import chosen, when
 from tolerax.solvers._common import Box
 from tolerax.solvers._exploration import Exploration
-from tolerax.solvers._model_steps import Region, Sides, opened, planned, star, told
-from tolerax.solvers._population import batch_query, check_positive, energies, scale_like
+from tolerax.solvers._model_steps import (
+    Region,
+    Sides,
+    first_radius,
+    opened,
+    planned,
+    star,
+    told,
+)
+from tolerax.solvers._population import batch_query, check_positive, energies
 from tolerax.status import Status
 
 STAR, STEP, POLL, GENERATION = range(4)
@@ -335,27 +343,5 @@ class ModelTrustRegion(Solver):
         }
 
 
-def chosen(index: Array, branches: list[Callable[[Any], Any]], state: Any) -> Any:
-    """The branch of this number, applied. Methods of a solver with arrays in it cannot be hashed,
-    which JAX asks for; functions can."""
-    plain = [lambda s, branch=branch: branch(s) for branch in branches]
-    return jax.lax.switch(index, plain, state)
-
-
-def when(condition: Array, yes: Callable[[Any], Any], no: Callable[[Any], Any], state: Any) -> Any:
-    """One of two branches, applied."""
-    return chosen(condition.astype(jnp.int32), [no, yes], state)
-
-
 def _same(state: Any) -> Any:
     return state
-
-
-def first_radius(radius: PyTree, start: Start, box: Box) -> Float[Array, " n"]:
-    """The unit of each variable."""
-    x0, _ = ravel_pytree(start.x)
-    if radius is not None:
-        return scale_like(radius, start.x, "radius")
-    width = box.upper - box.lower
-    free = 0.5 * jnp.maximum(1.0, jnp.abs(x0))
-    return jnp.where(jnp.isfinite(width) & (width > 0), 0.2 * width, free)
