@@ -14,6 +14,7 @@ BENCHMARKS = {
     "cbo": "benchmarks.cbo",
     "moe": "benchmarks.moe",
     "pde": "benchmarks.pde",
+    "dfo": "benchmarks.dfo",
 }
 
 

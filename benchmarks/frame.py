@@ -28,6 +28,8 @@ PACKAGES = (
     "optimistix",
     "lineax",
     "jaxopt",
+    "Py-BOBYQA",
+    "PyNomadBBO",
 )
 
 
