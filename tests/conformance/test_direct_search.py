@@ -104,7 +104,7 @@ def test_points_that_fail_cost_nothing_else(entry, kind):
     is 0.25; and no success is claimed there."""
     solution = run(zoo.objective(kind), entry.solver())
     best = 0.25 if "region" in kind else 0.0
-    assert float(solution.value) <= best + 0.1
+    assert float(solution.value) <= best + 0.2
     assert np.isfinite(np.asarray(solution.x)).all()
     assert int(solution.state.failures) > 0
     if "region" in kind:
