@@ -13,6 +13,7 @@ BENCHMARKS = {
     "bilevel": "benchmarks.bilevel",
     "cbo": "benchmarks.cbo",
     "moe": "benchmarks.moe",
+    "cutest": "benchmarks.cutest",
     "pde": "benchmarks.pde",
     "dfo": "benchmarks.dfo",
 }

@@ -58,12 +58,12 @@ def reduced_gradient(p: PDEExample, u: Grid, y: Grid) -> Float[Array, ""]:
 
 
 def solves_to_target(
-    n: int, alpha: float, start: Any = None, rtol: float = 1e-8, target: float = RTOL
+    n: int, alpha: float, start: Any = None, multipliers: Any = None, forcing: float = 0.3
 ) -> tuple[float, tolerax.Solution]:
-    """Solves until the reduced gradient was `target` of that at zero, and the run."""
+    """Solves until the reduced gradient was RTOL of that at zero, and the run."""
     p, problem = example(n, alpha)
     zero = jnp.zeros((n, n))
-    wanted = target * float(reduced_gradient(p, zero, zero))
+    wanted = RTOL * float(reduced_gradient(p, zero, zero))
     seen: list[float] = []
 
     def look(step: Any) -> None:
@@ -72,7 +72,9 @@ def solves_to_target(
             seen.append(float(step.run.work.pde_solves))
             raise StopIteration
 
-    solver = tolerax.ExactAugmentedLagrangian(rtol=rtol, atol=0.0)
+    solver = tolerax.ExactAugmentedLagrangian(
+        rtol=1e-9, atol=0.0, multipliers=multipliers, forcing=forcing
+    )
     start = (zero, zero) if start is None else start
     solution = tolerax.solve(problem, solver, start, max_steps=40, callback=look)
     return (seen[0] if seen else float("inf")), solution
@@ -92,19 +94,21 @@ def finer(grid: Grid) -> Grid:
     return one(one(grid).T).T
 
 
-def nested(n: int, alpha: float) -> float:
+def nested(n: int, alpha: float, forcing: float = 1e-3) -> float:
     """Solves on the finest grid, where coarser ones gave the start."""
     sizes = [n]
     while sizes[0] > 15:
         sizes.insert(0, (sizes[0] - 1) // 2)
-    start = None
+    start = multipliers = None
     for size in sizes[:-1]:
         problem = example(size, alpha)[1]
         zero = jnp.zeros((size, size))
-        solver = tolerax.ExactAugmentedLagrangian(rtol=1e-5, atol=0.0)
-        x = tolerax.solve(problem, solver, (zero, zero) if start is None else start).x
-        start = jax.tree.map(finer, x)
-    return solves_to_target(n, alpha, start, rtol=1e-12)[0]
+        solver = tolerax.ExactAugmentedLagrangian(rtol=1e-5, atol=0.0, multipliers=multipliers)
+        coarse = tolerax.solve(problem, solver, (zero, zero) if start is None else start)
+        start = jax.tree.map(finer, coarse.x)
+        multipliers = finer(coarse.state.solver_state.now.y.reshape(size, size))
+    # The start is good already: two accurate steps rather than many loose ones.
+    return solves_to_target(n, alpha, start, multipliers, forcing)[0]
 
 
 def measure(settings: Settings) -> dict[str, Measured]:

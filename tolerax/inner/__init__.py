@@ -13,6 +13,7 @@ from tolerax.inner.kkt import KKTResult as KKTResult
 from tolerax.inner.kkt import KKTSolver as KKTSolver
 from tolerax.inner.kkt import KKTSystem as KKTSystem
 from tolerax.inner.kkt import KrylovKKT as KrylovKKT
+from tolerax.inner.kkt import SketchAndProject as SketchAndProject
 from tolerax.inner.krylov import CG as CG
 from tolerax.inner.levenberg_marquardt import BatchedLevenbergMarquardt as BatchedLevenbergMarquardt
 from tolerax.inner.levenberg_marquardt import LeastSquaresResult as LeastSquaresResult

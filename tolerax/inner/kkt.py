@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -162,10 +162,8 @@ class DenseKKT(KKTSolver):
         image: tuple[Vector, Vector] | None = None,
     ) -> KKTResult:
         del relative, image
-        h, rows = prepared
-        rows = rows * active[:, None]
-        n, eps = h.shape[0], jnp.finfo(h.dtype).eps
-        matrix = jnp.block([[h, rows.T], [rows, -jnp.diag(regularization)]])
+        matrix = _whole(prepared, active, regularization)
+        n, eps = a.size, jnp.finfo(a.dtype).eps
         right = jnp.concatenate([a, b])
         factors = jax.scipy.linalg.lu_factor(matrix)
         z = jax.scipy.linalg.lu_solve(factors, right)
@@ -174,6 +172,15 @@ class DenseKKT(KKTSolver):
         z = z + jax.scipy.linalg.lu_solve(factors, left)
         residual = jnp.linalg.norm(right - matrix @ z) / jnp.maximum(jnp.linalg.norm(right), eps)
         return KKTResult(z[:n], z[n:], residual, Work(hessian_products=n, linear_iterations=1))
+
+
+def _whole(
+    prepared: tuple[Array, Array], active: Bool[Array, " m"], regularization: Vector
+) -> Float[Array, "k k"]:
+    """The matrix of the system in full."""
+    h, rows = prepared
+    rows = rows * active[:, None]
+    return jnp.block([[h, rows.T], [rows, -jnp.diag(regularization)]])
 
 
 def _rows_of(system: KKTSystem) -> Float[Array, "m n"]:
@@ -251,9 +258,9 @@ class KrylovKKT(KKTSolver):
             bottom = jnp.where(active, system.rows(d), 0) - regularization * e
             return jnp.concatenate([top, bottom])
 
-        inverse = None
-        if system.preconditioner is not None:
-            inverse = lambda z: jnp.concatenate(system.preconditioner(z[:n], z[n:]))  # noqa: E731
+        inverse, blocks = None, system.preconditioner
+        if blocks is not None:
+            inverse = lambda z: jnp.concatenate(blocks(z[:n], z[n:]))  # noqa: E731
         right = jnp.concatenate([a, b])
         solve = self.linear(
             product,
@@ -271,3 +278,88 @@ class KrylovKKT(KKTSolver):
             times = solve.iterations + (image is None)
             spent = spent + jax.tree.map(lambda count: times * count, system.price)
         return KKTResult(solve.x[:n], solve.x[n:], residual, spent)
+
+
+class SketchAndProject(KKTSolver):
+    """Randomized projections onto one sketched equation after the other: the solver of the paper,
+    for comparisons.
+
+    With the matrix G of the system and the residual r, a step is
+    `z <- z - G's (s'r) / |G's|^2`: with a Gaussian s a product each, with a row of G a randomized
+    Kaczmarz step. It contracts by about `1 - (sigma_min / |G|_F)^2`: hundreds of steps where the
+    matrix is small and well conditioned, hopeless for the matrices of PDEs. Forms all matrices.
+
+    - `kind`: `"gaussian"` or `"kaczmarz"`. `max_steps`: the most projections of a solve. `seed`.
+
+    Source: Gower and Richtarik (*SIAM J. Matrix Anal. Appl.* 36, 2015), as used by Hong, Na,
+    Mahoney, Kolar (ICML 2023, arXiv 2305.18379).
+
+    >>> import tolerax
+    >>> from tolerax.inner import SketchAndProject
+    >>> circle = tolerax.Objective(
+    ...     lambda x: x[0] + x[1], constraints=lambda x: x @ x, constraint_bounds=(2.0, 2.0)
+    ... )
+    >>> solver = tolerax.ExactAugmentedLagrangian(linear=SketchAndProject(), atol=1e-4)
+    >>> tolerax.solve(circle, solver, jnp.array([-2.0, 0.0])).x.round(3)
+    Array([-1., -1.], dtype=float64)
+    """
+
+    kind: Literal["gaussian", "kaczmarz"] = eqx.field(static=True, default="gaussian")
+    max_steps: int = 100_000
+    seed: int = 0
+
+    def __check_init__(self):
+        if self.kind not in ("gaussian", "kaczmarz"):
+            raise ValueError(f'kind is {self.kind!r}: use "gaussian" or "kaczmarz".')
+
+    def prepare(
+        self, system: KKTSystem, working: Bool[Array, " m"], floor: ArrayLike, shift: ArrayLike
+    ) -> tuple[Array, Array]:
+        return DenseKKT().prepare(system, working, floor, shift)
+
+    def hessian(self, prepared: tuple[Array, Array], d: Vector) -> Vector:
+        return prepared[0] @ d
+
+    def multipliers(self, system: KKTSystem, g: Vector, rows: Bool[Array, " m"]) -> Vector:
+        return DenseKKT().multipliers(system, g, rows)
+
+    def solve(
+        self,
+        prepared: tuple[Array, Array],
+        active: Bool[Array, " m"],
+        regularization: Vector,
+        a: Vector,
+        b: Vector,
+        *,
+        relative: ArrayLike,
+        image: tuple[Vector, Vector] | None = None,
+    ) -> KKTResult:
+        del image
+        matrix, right = _whole(prepared, active, regularization), jnp.concatenate([a, b])
+        n, size = a.size, jnp.linalg.norm(right)
+        squares = jnp.sum(matrix**2, axis=1)
+
+        def unfinished(state: tuple) -> Bool[Array, ""]:
+            _, r, step, _ = state
+            return (jnp.linalg.norm(r) > relative * size) & (step < self.max_steps)
+
+        def project(state: tuple) -> tuple:
+            z, r, step, key = state
+            key, now = jax.random.split(key)
+            if self.kind == "gaussian":
+                s = jax.random.normal(now, right.shape, right.dtype)
+                row, left = matrix.T @ s, jnp.dot(s, r)
+                square = jnp.dot(row, row)
+            else:
+                i = jax.random.randint(now, (), 0, right.size)
+                row, left, square = matrix[i], r[i], squares[i]
+            length = jnp.where(square > 0, left / jnp.where(square > 0, square, 1), 0)
+            return z - length * row, r - length * (matrix @ row), step + 1, key
+
+        zero = jnp.array(0, jnp.result_type(int))
+        begin = (jnp.zeros_like(right), -right, zero, jax.random.key(self.seed))
+        z, r, steps, _ = jax.lax.while_loop(unfinished, project, begin)
+        tiny = jnp.finfo(right.dtype).tiny
+        residual = jnp.linalg.norm(r) / jnp.maximum(size, tiny)
+        spent = Work(hessian_products=n, linear_iterations=steps)
+        return KKTResult(z[:n], z[n:], residual, spent)

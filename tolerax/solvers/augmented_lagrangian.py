@@ -111,6 +111,9 @@ class ExactAugmentedLagrangian(Solver):
     - `linear`: a solver of the KKT systems: [`DenseKKT`][] (default up to 1000 unknowns and rows),
       [`KrylovKKT`][] (default above, and for problems with a preconditioner), or
       [`SketchAndProject`][].
+    - `multipliers`: those of the constraints to begin with, a pytree like them, for instance from a
+      coarser grid; by default those that fit the gradient at x0, or 0. What a run ended with is
+      `solution.state.solver_state.now.y`, flat.
     - `second_order`: `False` takes BFGS updates in place of Hessian products, as is done anyway
       where a problem gives none.
 
@@ -137,6 +140,7 @@ class ExactAugmentedLagrangian(Solver):
     patience: int = 4
     forcing: ArrayLike = 0.3
     linear: KKTSolver | None = None
+    multipliers: PyTree[Float[Array, "..."]] | None = None
     second_order: bool = eqx.field(static=True, default=True)
     accuracy: Accuracy = eqx.field(default_factory=lambda: Accuracy(1e-3, 1e-3))
     sufficient_decrease: ArrayLike = 1e-4
@@ -182,7 +186,17 @@ class ExactAugmentedLagrangian(Solver):
         m = sides[0].size
         zero, inf, count = jnp.zeros((), dtype), jnp.array(jnp.inf, dtype), jnp.array(0, jnp.int32)
         of_x, of_y = jnp.zeros(n, dtype), jnp.zeros(m, dtype)
-        now = Iterate(x, of_y, of_x, of_y, of_x, of_x)
+        first = of_y
+        if self.multipliers is not None:
+            given = ravel_pytree(self.multipliers)[0].astype(dtype)
+            inner = m - n if bounded else m
+            if given.size != inner:
+                raise ValueError(
+                    f"multipliers have {given.size} entries: give one for each of the {inner} "
+                    "constraints."
+                )
+            first = of_y.at[:inner].set(given)
+        now = Iterate(x, first, of_x, of_y, of_x, of_x)
         by_gradients = not self.second_order
         if not by_gradients:
             second = start.answer(Query(start.x, self.accuracy, start.carry, derivatives=2))
@@ -358,7 +372,7 @@ class ExactAugmentedLagrangian(Solver):
         linear = self._linear(system)
         if isinstance(linear, DenseKKT):
             system = system.in_full()
-        if system.preconditioner is None and c.size:
+        if system.preconditioner is None and c.size and self.multipliers is None:
             # Far from feasible points the best fit bends the model the wrong way.
             near = jnp.linalg.norm(c - rows.within(c)) < 0.9 * jnp.linalg.norm(g)
             fit = lambda: linear.multipliers(system, g, rows.equal)  # noqa: E731
