@@ -10,6 +10,7 @@ from benchmarks import (
     pde_inversion,
     pde_poisson,
     pde_semilinear,
+    pde_sketch,
 )
 
 GROUPS = (
@@ -18,5 +19,6 @@ GROUPS = (
     pde_inversion.GROUP,
     pde_semilinear.GROUP,
     pde_full_space.GROUP,
+    pde_sketch.GROUP,
     pde_bounds.GROUP,
 )
