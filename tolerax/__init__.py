@@ -27,6 +27,7 @@ from tolerax.solvers import CDSM as CDSM
 from tolerax.solvers import HOAG as HOAG
 from tolerax.solvers import MAID as MAID
 from tolerax.solvers import BatchedLevenbergMarquardt as BatchedLevenbergMarquardt
+from tolerax.solvers import DirectionalAttack as DirectionalAttack
 from tolerax.solvers import ExactAugmentedLagrangian as ExactAugmentedLagrangian
 from tolerax.solvers import InexactLineSearch as InexactLineSearch
 from tolerax.solvers import InexactNewton as InexactNewton

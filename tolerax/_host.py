@@ -88,7 +88,7 @@ class Host:
         if self.problem.host:
             query = _loop.ask_compiled(self.solver, run, self.limits)
             try:
-                evaluation = self.problem.evaluate(query)
+                evaluation = _loop.evaluated(self.problem, query)
             except (StopIteration, WorkersLostError):
                 raise
             except Exception as error:

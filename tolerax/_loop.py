@@ -19,7 +19,7 @@ from tolerax.contracts import (
     Work,
     tree_all_finite,
 )
-from tolerax.inner.particles import by_blocks
+from tolerax.inner.particles import by_blocks, first_differentiated
 from tolerax.progress import report_from_compiled
 from tolerax.solution import Best, History, Run, empty_history
 from tolerax.status import PointStatus, Status, is_failed, is_success
@@ -57,7 +57,9 @@ def begin(
     first = solver.ask(state)
     gradient = nothing if first.derivatives else None
     if problem.host:
-        answer(first)  # a problem that cannot give what is asked says so before it is called
+        eqx.filter_eval_shape(
+            evaluated, problem, first
+        )  # a problem that cannot give what is asked says so before it is called
     best = Best(x0, inf, inf, gradient, inf, inf, inf, carry)
     size = min(max_steps + 1, MAX_HISTORY)
     history = empty_history(size, -(-(max_steps + 1) // size), dtype, solver.record(state))
@@ -119,7 +121,9 @@ def ask(solver: Solver, run: Run, limits: dict[str, Array]) -> Query:
 
 
 def evaluated(problem: Problem, query: Query) -> Evaluation:
-    """The answer of a problem that is compiled."""
+    """The answer of a problem."""
+    if query.first_only:
+        return first_differentiated(problem, query)
     return problem.evaluate(query) if query.sharding is None else by_blocks(problem, query)
 
 
@@ -256,6 +260,7 @@ def _projected(x: PyTree, gradient: PyTree, bounds: tuple[PyTree, PyTree] | None
         return gradient
 
     def free(x: Array, g: Array, lower: Array, upper: Array) -> Array:
+        lower, upper = jnp.broadcast_to(lower, x.shape), jnp.broadcast_to(upper, x.shape)
         return jnp.where(((x <= lower) & (g > 0)) | ((x >= upper) & (g < 0)), 0, g)
 
     return jax.tree.map(free, x, gradient, *bounds)

@@ -201,6 +201,8 @@ class Query(eqx.Module):
     - `effort`: after about this much work (`Work.units`) the evaluation may stop where it is, with
       bounds that are true, and `PointStatus.inaccurate` if its state is not solved. `None` for no
       limit.
+    - `first_only`: of a batch, derivatives are wanted at the first point only; operators are those
+      of that point, and other gradients are NaN. Static.
     - `sharding`: over which devices the points of a batch are spread; each evaluates what it holds
       in blocks of fixed size. Static.
     """
@@ -212,6 +214,7 @@ class Query(eqx.Module):
     derivatives: int = eqx.field(static=True, default=1)
     cutoff: Float[Array, ""] | None = None
     effort: Int[Array, ""] | None = None
+    first_only: bool = eqx.field(static=True, default=False)
     sharding: NamedSharding | None = eqx.field(static=True, default=None)
 
 

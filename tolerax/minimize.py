@@ -32,6 +32,7 @@ from tolerax._scipy import (
 from tolerax.contracts import Accuracy, Evaluation, Problem, Query, Solver, Start, State, Work
 from tolerax.driver import solve
 from tolerax.solution import Solution, Step
+from tolerax.solvers.attack import DirectionalAttack
 from tolerax.solvers.augmented_lagrangian import ExactAugmentedLagrangian
 from tolerax.solvers.cbo import CBO
 from tolerax.solvers.cdsm import CDSM
@@ -57,6 +58,7 @@ METHODS: dict[str, Callable[[], Solver]] = {
     "consensus-freezing": ConsensusFreezing,
     "model-trust-region": ModelTrustRegion,
     "cdsm": CDSM,
+    "attack": DirectionalAttack,
 }
 
 #: Codes of `OptimizeResult.status`: 0 is success; 1, 2, 3 and 99 are those of SciPy's BFGS.

@@ -13,7 +13,7 @@ import pytest
 import tolerax
 from tests.conformance import zoo
 from tests.conformance.test_runs import stop_at
-from tolerax import CDSM, ModelTrustRegion, Solver, Status
+from tolerax import CDSM, DirectionalAttack, ModelTrustRegion, Solver, Status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Search:
 SEARCHES = (
     Search("model-trust-region", ModelTrustRegion, "model-trust-region"),
     Search("cdsm", CDSM, "cdsm"),
+    # Python code gives no derivatives.
+    Search("attack", DirectionalAttack, "attack", {"samples": 2}),
 )
 every = pytest.mark.parametrize("entry", SEARCHES, ids=str)
 START = jnp.asarray(zoo.START)

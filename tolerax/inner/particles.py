@@ -5,7 +5,9 @@ whole blocks of rows, and the block sums are added in one fixed order, so that t
 depend on the number of devices. Random numbers are those of their position in the whole array.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -81,6 +83,56 @@ def when(
         return jnp.zeros_like(flag), change(x, flag)
 
     return jax.lax.while_loop(lambda carry: carry[0], once, (flag, x))[1]
+
+
+def first_differentiated(problem: Problem, query: Query) -> Evaluation:
+    """The answer to a batch with derivatives at its first point only.
+
+    What is masked out is not evaluated, unless many runs are mapped.
+    """
+    assert query.mask is not None
+    part = lambda rows: jax.tree.map(lambda leaf: leaf[rows], query)  # noqa: E731
+    rest = dataclasses.replace(part(slice(1, None)), derivatives=0, first_only=False)
+    first = dataclasses.replace(part(0), mask=None, first_only=False)
+    if problem.host:
+        one = dataclasses.replace(part(slice(0, 1)), first_only=False)
+        return _joined(problem.evaluate(one), problem.evaluate(rest))
+    one = _if_wanted(problem, first, query.mask[0])
+    rows = jax.tree.map(lambda leaf: leaf[None], only_rows(one))
+    one = eqx.tree_at(_apart, rows, _apart(one), is_leaf=_is_none)
+    return _joined(one, _if_wanted(problem, rest, jnp.any(query.mask[1:])))
+
+
+def only_rows(answer: Evaluation) -> Evaluation:
+    """What has a row for each point: without work and operators."""
+    return eqx.tree_at(_apart, answer, (None,) * 6, is_leaf=_is_none)
+
+
+def _apart(e: Evaluation) -> tuple:
+    return e.work, e.hessian, e.jacobian, e.residuals_jacobian, e.metric, e.carry
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _joined(first: Evaluation, rest: Evaluation) -> Evaluation:
+    """Two answers as one; the operators are those of the first, and there is no warm start."""
+    unknown = lambda g: jnp.full((rest.value.shape[0], *g.shape[1:]), jnp.nan, g.dtype)  # noqa: E731
+    gradient = jax.tree.map(unknown, first.gradient)
+    rest = eqx.tree_at(lambda e: e.gradient, rest, gradient, is_leaf=_is_none)
+    both = jax.tree.map(lambda *rows: jnp.concatenate(rows), only_rows(first), only_rows(rest))
+    kept = (first.work + rest.work, *_apart(first)[1:-1], None)
+    return eqx.tree_at(_apart, both, kept, is_leaf=_is_none)
+
+
+def _if_wanted(problem: Problem, query: Query, wanted: Bool[Array, ""]) -> Evaluation:
+    """An answer, or zeros in its place."""
+    shapes = eqx.filter_eval_shape(problem.evaluate, query)
+    arrays, static = eqx.partition(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    nothing = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), arrays)  # noqa: E731
+    answer = lambda: eqx.filter(problem.evaluate(query), eqx.is_array)  # noqa: E731
+    return eqx.combine(jax.lax.cond(wanted, answer, nothing), static)
 
 
 def by_blocks(problem: Problem, query: Query) -> Evaluation:

@@ -1,6 +1,7 @@
 """Solvers: what asks. Each talks to any problem through queries and evaluations."""
 
 from tolerax.inner.levenberg_marquardt import BatchedLevenbergMarquardt as BatchedLevenbergMarquardt
+from tolerax.solvers.attack import DirectionalAttack as DirectionalAttack
 from tolerax.solvers.augmented_lagrangian import (
     ExactAugmentedLagrangian as ExactAugmentedLagrangian,
 )

@@ -1,0 +1,518 @@
+"""Directional attacks: steps along the gradient through a network, at many lengths at once, and
+direct search where they find nothing."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start, State
+from tolerax.inner.lbfgs import Pairs, add_pair, inverse_product, no_pairs
+from tolerax.inner.particles import only_rows
+from tolerax.inner.positive_bases import positive_basis
+from tolerax.solvers._common import Box, select
+from tolerax.solvers._population import check_positive, flat
+from tolerax.solvers.model_trust_region import ModelTrustRegion, first_radius
+from tolerax.status import Status, is_failed, is_success
+
+GRADIENT, LADDER, OTHER = range(3)
+KINDS = 4  # sign, gradient, momentum, quasi-Newton
+FACTORS = (4.0, 1.0, 0.25, 0.0625)  # of the length that was best before
+SMALLEST = 1e-10  # length, in units, below which attacks find nothing
+
+
+class AttackState(eqx.Module):
+    """The point that is attacked and what is known there, the ladder, and the states of the other
+    solvers. Points are in the units of `unit`."""
+
+    x: Float[Array, " n"]
+    energy: Float[Array, ""]
+    g: Float[Array, " n"]
+    before: tuple[Float[Array, " n"], Float[Array, " n"]]
+    momentum: Float[Array, " n"]
+    pairs: Pairs
+    lengths: Float[Array, " kinds"]
+    rungs: Float[Array, "rungs n"]
+    mode: Int[Array, ""]
+    began: Float[Array, ""]
+    gains: Float[Array, " recent"]
+    others: tuple[State, ...]
+    turn: Int[Array, ""]
+    spent: Int[Array, ""]
+    burst: Int[Array, ""]
+    over: Bool[Array, " others"]
+    at_turn: Float[Array, ""]
+    penalty: Float[Array, ""]
+    iteration: Int[Array, ""]
+    attacks: Int[Array, ""]
+    unit: Float[Array, " n"]
+    box: Box
+    limits: tuple[PyTree, PyTree] | None
+    key: PRNGKeyArray
+    done: Bool[Array, ""]
+    status: Any
+
+
+class DirectionalAttack(Solver):
+    """Attacks along the gradient through a network, then solvers that need none.
+
+    An attack asks for the gradient at the best point, and then for the values along four
+    directions from it (the signs of the gradient, the gradient, a momentum of it, and an L-BFGS
+    direction), each at four lengths, in one batch; the lowest is the next point. Signs and gradient
+    are taken in the unit of each variable, and the lengths follow what succeeded. Where attacks
+    stall (the last three together lower the value by less than `gain` of what they have lowered it
+    by so far; or the gradient is zero, as in the flat parts of a network) the solvers of `then`
+    take turns, from the best point on, and as soon as one has found a lower value attacks begin
+    again there. Turns that find nothing grow twice as long, so that most of a long run is theirs.
+
+    Attacks are heuristic. What is guaranteed is what the last of `then` guarantees.
+
+    - `then`: a tuple of solvers that ask for values at batches of points; by default a
+      [`ModelTrustRegion`][] with this `tol`. With an empty one a run ends where attacks stall.
+    - `radius`: the unit of each variable, and the first length: a number or a pytree like x; by
+      default a fifth of the distance of the bounds, and `max(1, |x0|) / 2` for variables without.
+    - `gain`: see above. - `burst`: points of the first turn, in multiples of n + 1.
+    - `samples`: for problems that give no derivatives: estimate the gradient by central differences
+      along so many random orthogonal directions instead, at the length that succeeded last.
+    - `memory`: L-BFGS pairs.
+    - `penalty`: weight of the `violation` of a point; grows by half whenever the attacked point
+      violates more than `feasible_within`.
+    - `accuracy`: what is asked of problems whose values are not exact.
+
+    Source: the signs are those of the attack of Goodfellow, Shlens, Szegedy (ICLR 2015); a hybrid
+    of it and direct search is due to Bouchet, Vidal (arXiv 2510.01461). Ladder, quasi-Newton
+    direction and turns are our own.
+
+    >>> import jax.numpy as jnp, tolerax
+    >>> network = lambda x: jnp.tanh(x - jnp.array([0.3, -0.4]))
+    >>> problem = tolerax.NeuralSurrogate(network, lambda z, x: jnp.sum(z**2), trust=(-1.0, 1.0))
+    >>> solution = tolerax.solve(problem, tolerax.DirectionalAttack(), jnp.ones(2))
+    >>> solution.x.round(4)
+    Array([ 0.3, -0.4], dtype=float64)
+    """
+
+    then: tuple[Solver, ...] | None = None
+    radius: PyTree = None
+    tol: float = 1e-6
+    gain: float = 1e-2
+    burst: float = 10.0
+    samples: int = eqx.field(static=True, default=0)
+    memory: int = eqx.field(static=True, default=10)
+    penalty: float = 1.0
+    feasible_within: float = 1e-6
+    accuracy: Accuracy = eqx.field(default_factory=lambda: Accuracy(1e-6, 1e-6))
+
+    def __check_init__(self):
+        check_positive(self, "gain", "burst", "penalty", "feasible_within", "tol")
+        for name in ("samples", "memory"):
+            if getattr(self, name) < (name == "memory"):
+                raise ValueError(f"{name} is {getattr(self, name)}: give a larger integer.")
+
+    @property
+    def _others(self) -> tuple[Solver, ...]:
+        if self.then is not None:
+            return self.then
+        # Its fields are set afterwards, since they may be traced.
+        return (eqx.tree_at(lambda s: s.tol, ModelTrustRegion(batch=16), self.tol),)
+
+    @property
+    def honours_bounds(self) -> bool:
+        return True
+
+    @property
+    def honours_constraints(self) -> bool:
+        return True
+
+    @property
+    def feasibility(self) -> ArrayLike:
+        return self.feasible_within
+
+    # -- the start --------------------------------------------------------------------------------
+
+    def init(self, start: Start) -> AttackState:
+        x0, _ = ravel_pytree(start.x)
+        n, dtype = x0.size, x0.dtype
+        box = Box.of(start)
+        unit = first_radius(self.radius, start, box)
+        _zero, inf, count = jnp.zeros((), dtype), jnp.array(jnp.inf, dtype), jnp.array(0)
+        keys = jax.random.split(start.key, len(self._others) + 1)
+        u = x0 / unit
+        state = AttackState(
+            x=u,
+            energy=inf,
+            g=jnp.zeros_like(u),
+            before=(u, jnp.zeros_like(u)),
+            momentum=jnp.zeros_like(u),
+            pairs=no_pairs(self.memory, u),
+            lengths=jnp.ones(KINDS, dtype),
+            rungs=jnp.broadcast_to(u, (self._rungs(), n)),
+            mode=jnp.array(GRADIENT),
+            began=inf,
+            gains=jnp.full(3, jnp.inf, dtype),
+            others=tuple(
+                solver.init(_start(start, start.x, key))
+                for solver, key in zip(self._others, keys[1:], strict=True)
+            ),
+            turn=count,
+            spent=count,
+            burst=jnp.array(self.burst * (n + 1), jnp.int64 if dtype == jnp.float64 else jnp.int32),
+            over=jnp.zeros(len(self._others), bool),
+            at_turn=inf,
+            penalty=jnp.asarray(self.penalty, dtype),
+            iteration=count,
+            attacks=count,
+            unit=unit,
+            box=box,
+            limits=start.constraint_bounds,
+            key=keys[0],
+            done=jnp.array(False),
+            status=Status.running,
+        )
+        return self._look(state, jnp.array(True))
+
+    def _rungs(self) -> int:
+        return max(KINDS * len(FACTORS), 2 * self.samples)
+
+    # -- ask --------------------------------------------------------------------------------------
+
+    def ask(self, state: AttackState) -> Query:
+        x = state.box.clip(state.unit * state.x)
+        asked = [self._padded(state, *self._attack(state))]
+        asked += [
+            self._padded(state, *_rows(solver.ask(other)))
+            for solver, other in zip(self._others, state.others, strict=True)
+        ]
+        which = jnp.where(state.mode == OTHER, 1 + state.turn, 0)
+        points, mask = jax.tree.map(lambda *rows: jnp.stack(rows)[which], *asked)
+        points = jnp.concatenate([x[None], points])
+        mask = jnp.concatenate([(state.mode == GRADIENT)[None], mask])
+        each = lambda t: jnp.broadcast_to(jnp.asarray(t, x.dtype), mask.shape)  # noqa: E731
+        return Query(
+            jax.vmap(state.box.unravel)(points),
+            Accuracy(each(self.accuracy.state), each(self.accuracy.adjoint)),
+            mask=mask,
+            derivatives=0 if self.samples else 1,
+            first_only=not self.samples,
+        )
+
+    def _attack(self, state: AttackState) -> tuple[Array, Array]:
+        """The rungs of the ladder, or the samples for a gradient."""
+        points = jnp.clip(
+            state.unit[None] * state.rungs, state.box.lower[None], state.box.upper[None]
+        )
+        ladder = state.mode == LADDER
+        if self.samples:
+            sampled = (state.mode == GRADIENT) & (jnp.arange(self._rungs()) < 2 * self.samples)
+            return points, sampled | (ladder & (jnp.arange(self._rungs()) < KINDS * len(FACTORS)))
+        return points, jnp.broadcast_to(ladder, (self._rungs(),))
+
+    def _width(self, state: AttackState) -> int:
+        sizes = [
+            _rows(s.ask(o))[1].shape[0] for s, o in zip(self._others, state.others, strict=True)
+        ]
+        return max([self._rungs(), *sizes])
+
+    def _padded(self, state: AttackState, points: Array, mask: Array) -> tuple[Array, Array]:
+        more = self._width(state) - mask.shape[0]
+        return jnp.pad(points, ((0, more), (0, 0)), mode="edge"), jnp.pad(mask, (0, more))
+
+    # -- tell -------------------------------------------------------------------------------------
+
+    def tell(self, state: AttackState, query: Query, evaluation: Evaluation) -> AttackState:
+        assert query.mask is not None
+        dtype = state.x.dtype
+        value = (evaluation.value + evaluation.value_error).astype(dtype)
+        ok = query.mask & ~is_failed(evaluation.status) & (value < jnp.inf)
+        violation = jnp.zeros_like(value)
+        if evaluation.violation is not None:
+            violation = jnp.where(ok, evaluation.violation.astype(dtype), 0)
+        energy = jnp.where(ok, value + state.penalty * violation, jnp.inf)
+        points = flat(query.x) / state.unit[None]
+        state = dataclasses.replace(state, iteration=state.iteration + 1)
+        told = (points, energy, violation)
+        branches = [
+            lambda: self._tell_gradient(state, evaluation, *told),
+            lambda: self._tell_ladder(state, *told),
+        ]
+        branches += [
+            lambda i=i: self._tell_other(i, state, query, evaluation, *told)
+            for i in range(len(self._others))
+        ]
+        which = jnp.where(state.mode == OTHER, 2 + state.turn, state.mode)
+        return jax.lax.switch(which, branches)
+
+    def _tell_gradient(
+        self,
+        state: AttackState,
+        evaluation: Evaluation,
+        points: Array,
+        energy: Array,
+        violation: Array,
+    ) -> AttackState:
+        """A direction, and a ladder along it; or the turn of the others."""
+        if self.samples:
+            here = jnp.where(jnp.isfinite(state.energy), state.energy, energy[0])
+            g = self._estimated(state, energy[1:])
+        else:
+            here = energy[0]
+            g, _ = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], evaluation.gradient))
+            g = state.unit * g.astype(state.x.dtype)
+            if evaluation.jacobian is not None:
+                g = g + state.penalty * state.unit * self._slope(state, evaluation)
+        hard = violation[0] > self.feasible_within
+        more = jnp.where(hard, 0.5 * state.penalty, 0)
+        old_x, old_g = state.before
+        pairs = add_pair(state.pairs, state.x - old_x, g - old_g)
+        known = jnp.any(old_g != 0) & jnp.all(jnp.isfinite(g))
+        free = ~_blocked(state, g)
+        size = jnp.linalg.norm(jnp.where(free, g, 0))
+        usable = jnp.isfinite(here) & jnp.isfinite(size) & (size > 0)
+        length = jnp.where(size > 0, size, 1)
+        state = dataclasses.replace(
+            state,
+            energy=here + more * violation[0],
+            penalty=state.penalty + more,
+            g=g,
+            before=(state.x, g),
+            pairs=select(known, pairs, state.pairs),
+            momentum=0.9 * state.momentum + jnp.where(usable, jnp.where(free, g, 0) / length, 0),
+            began=jnp.where(jnp.isfinite(state.began), state.began, here),
+            mode=jnp.array(LADDER),
+        )
+        state = dataclasses.replace(state, rungs=self._ladder(state, free))
+        return select(usable, state, self._others_turn(state))
+
+    def _estimated(self, state: AttackState, energy: Array) -> Array:
+        """A gradient from central differences along orthogonal directions."""
+        up, down = energy[: self.samples], energy[self.samples : 2 * self.samples]
+        steps = (state.rungs[: self.samples] - state.rungs[self.samples : 2 * self.samples]) / 2
+        squares = jnp.sum(steps**2, axis=1)
+        slopes = jnp.where(squares > 0, (up - down) / (2 * jnp.where(squares > 0, squares, 1)), 0)
+        slopes = jnp.where(jnp.isfinite(slopes), slopes, 0)
+        # Of n directions only some were looked along.
+        return (state.x.size / self.samples) * slopes @ steps
+
+    def _slope(self, state: AttackState, evaluation: Evaluation) -> Array:
+        """The derivative of the violation: that of the constraint that is violated most."""
+        lower, upper = state.limits if state.limits is not None else (-jnp.inf, jnp.inf)
+        values = jax.tree.map(lambda c: c[0], evaluation.constraints)
+        c, unravel = ravel_pytree(values)
+        low = ravel_pytree(jax.tree.map(jnp.broadcast_to, lower, jax.tree.map(jnp.shape, values)))[
+            0
+        ]
+        high = ravel_pytree(jax.tree.map(jnp.broadcast_to, upper, jax.tree.map(jnp.shape, values)))[
+            0
+        ]
+        out = jnp.maximum(low - c, c - high)
+        worst = jnp.argmax(out)
+        sign = jnp.where(c[worst] > high[worst], 1.0, -1.0) * (out[worst] > 0)
+        weights = unravel(jnp.zeros_like(c).at[worst].set(sign.astype(c.dtype)))
+        return ravel_pytree(evaluation.jacobian.rmv(weights))[0].astype(state.x.dtype)
+
+    def _ladder(self, state: AttackState, free: Array) -> Array:
+        g = jnp.where(free, state.g, 0)
+        root = jnp.sqrt(jnp.asarray(g.size, g.dtype))
+        unit = lambda d: root * d / jnp.maximum(jnp.linalg.norm(d), jnp.finfo(d.dtype).tiny)  # noqa: E731
+        newton = inverse_product(state.pairs, g, free)
+        newton = jnp.where(jnp.dot(newton, g) > 0, newton, unit(g))
+        kinds = jnp.stack([jnp.sign(g), unit(g), unit(jnp.where(free, state.momentum, 0)), newton])
+        factors = jnp.asarray(FACTORS, g.dtype)
+        steps = factors[:, None, None] * (state.lengths[:, None] * kinds)[None]
+        rungs = state.x[None] - steps.reshape(-1, g.size)
+        more = state.rungs.shape[0] - rungs.shape[0]
+        return jnp.pad(rungs, ((0, more), (0, 0)), mode="edge")
+
+    def _tell_ladder(
+        self, state: AttackState, points: Array, energy: Array, violation: Array
+    ) -> AttackState:
+        """The lowest rung, if it is lower; where that is not enough, the turn of the others."""
+        del violation
+        count = KINDS * len(FACTORS)
+        points, energy = points[1 : 1 + count], energy[1 : 1 + count]
+        best = jnp.argmin(energy)
+        lower = energy[best] < state.energy
+        by_kind = jnp.min(energy.reshape(len(FACTORS), KINDS), axis=0) < state.energy
+        at = jnp.argmin(energy.reshape(len(FACTORS), KINDS), axis=0)
+        # A kind that found nothing tries shorter ones next time.
+        lengths = state.lengths * jnp.where(by_kind, jnp.asarray(FACTORS)[at], FACTORS[-1] ** 2)
+        # The quasi-Newton step has a length of its own, once there is a pair.
+        newton = jnp.where(lower, 1.0, lengths[-1])
+        lengths = jnp.clip(lengths.at[-1].set(newton), SMALLEST, 1e3).astype(state.x.dtype)
+        gain = jnp.where(lower, state.energy - energy[best], 0)
+        gains = jnp.roll(state.gains, 1).at[0].set(gain)
+        now = jnp.where(lower, energy[best], state.energy)
+        enough = jnp.sum(gains) > self.gain * (state.began - now)
+        hopeless = jnp.max(lengths) <= 16 * SMALLEST
+        state = dataclasses.replace(
+            state,
+            x=jnp.where(lower, points[best], state.x),
+            energy=now,
+            lengths=lengths,
+            gains=gains,
+            attacks=state.attacks + lower,
+        )
+        onward = self._look(state, lower)
+        return select((enough & ~hopeless), onward, self._others_turn(state))
+
+    def _look(self, state: AttackState, moved: Array) -> AttackState:
+        """The next question of an attack: the gradient where x is new, else a shorter ladder."""
+        key = jax.random.fold_in(state.key, state.iteration)
+        ahead = dataclasses.replace(state, mode=jnp.array(GRADIENT))
+        if self.samples:
+            n = state.x.size
+            basis = positive_basis(key, n, dtype=state.x.dtype)[: self.samples]
+            steps = 0.1 * jnp.clip(state.lengths[1], 1e-6, 1.0) * basis
+            rungs = jnp.concatenate([state.x[None] + steps, state.x[None] - steps])
+            more = self._rungs() - rungs.shape[0]
+            ahead = dataclasses.replace(
+                ahead, rungs=jnp.pad(rungs, ((0, more), (0, 0)), mode="edge")
+            )
+        again = dataclasses.replace(
+            state, mode=jnp.array(LADDER), rungs=self._ladder(state, ~_blocked(state, state.g))
+        )
+        return select(moved, ahead, again)
+
+    # -- the others -------------------------------------------------------------------------------
+
+    def _others_turn(self, state: AttackState) -> AttackState:
+        """Those of `then` begin at the best point."""
+        if not self._others:
+            found = jnp.isfinite(state.energy)
+            status = Status.where(found, Status.stalled, Status.all_failed)
+            return dataclasses.replace(state, done=jnp.array(True), status=status)
+        return dataclasses.replace(
+            state,
+            others=self._begun(state),
+            over=jnp.zeros_like(state.over),
+            mode=jnp.array(OTHER),
+            spent=jnp.zeros_like(state.spent),
+            at_turn=state.energy,
+        )
+
+    def _begun(self, state: AttackState) -> tuple[State, ...]:
+        x = state.box.unravel(state.box.clip(state.unit * state.x))
+        bounds = (state.box.unravel(state.box.lower), state.box.unravel(state.box.upper))
+        keys = jax.random.split(jax.random.fold_in(state.key, state.iteration), len(self._others))
+        start = Start(x, bounds, None, keys[0], _nothing, state.limits)
+        return tuple(
+            solver.init(_start(start, x, key))
+            for solver, key in zip(self._others, keys, strict=True)
+        )
+
+    def _tell_other(
+        self,
+        i: int,
+        state: AttackState,
+        query: Query,
+        evaluation: Evaluation,
+        points: Array,
+        energy: Array,
+        violation: Array,
+    ) -> AttackState:
+        """Tell one of them, and see whose turn is next."""
+        del violation
+        solver, other = self._others[i], state.others[i]
+        own = solver.ask(other)
+        rows = slice(1, 1 + _rows(own)[1].shape[0])
+        cut = lambda leaf: leaf[rows]  # noqa: E731
+        assert query.mask is not None
+        asked = dataclasses.replace(own, mask=query.mask[rows])
+        bare = dataclasses.replace(evaluation, gradient=None)
+        answer = eqx.tree_at(
+            lambda e: e.work,
+            jax.tree.map(cut, only_rows(bare)),
+            evaluation.work,
+            is_leaf=lambda leaf: leaf is None,
+        )
+        if not solver.honours_constraints:
+            answer = dataclasses.replace(
+                answer,
+                value=energy[rows],
+                value_error=jnp.zeros_like(energy[rows]),
+                violation=None,
+                constraints=None,
+            )
+        other = solver.tell(other, asked, answer)
+        done, status = solver.terminate(other)
+        if evaluation.violation is not None and not solver.honours_constraints:
+            # What it has converged to is a kinked sum of value and penalty.
+            status = Status.where(is_success(status), Status.stalled, status)
+        best = jnp.argmin(energy)
+        lower = energy[best] < state.energy
+        spent = state.spent + jnp.sum(query.mask).astype(state.spent.dtype)
+        over = state.over.at[i].set(done)
+        others = (*state.others[:i], other, *state.others[i + 1 :])
+        state = dataclasses.replace(
+            state,
+            x=jnp.where(lower, points[best], state.x),
+            energy=jnp.where(lower, energy[best], state.energy),
+            others=others,
+            over=over,
+            spent=spent,
+        )
+        ended = done | (spent >= state.burst)
+        better = state.at_turn - state.energy > self.gain * (state.began - state.at_turn)
+        return select(ended, self._after_turn(i, state, better, status), state)
+
+    def _after_turn(self, i: int, state: AttackState, better: Array, status: Any) -> AttackState:
+        """Attack again where the others have moved on; else the next one's turn, for longer after a
+        round of them."""
+        count = len(self._others)
+        last = i == count - 1
+        following = jnp.array((i + 1) % count)
+        if count > 1:
+            order = (i + 1 + jnp.arange(count)) % count
+            following = order[jnp.argmin(state.over[order])]
+        waiting = dataclasses.replace(
+            state,
+            turn=following,
+            spent=jnp.zeros_like(state.spent),
+            burst=jnp.where(last, 2 * state.burst, state.burst),
+            done=jnp.all(state.over),
+            status=Status.where(jnp.all(state.over), status, state.status),
+        )
+        nothing = jnp.zeros_like(state.x)
+        fresh = dataclasses.replace(
+            state,
+            turn=jnp.zeros_like(state.turn),
+            pairs=no_pairs(self.memory, state.x),
+            before=(state.x, nothing),
+            momentum=nothing,
+            lengths=jnp.maximum(state.lengths, 1e-3),
+            began=state.energy,
+            gains=jnp.full_like(state.gains, jnp.inf),
+        )
+        return select(better, self._look(fresh, jnp.array(True)), waiting)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def terminate(self, state: AttackState) -> tuple[Bool[Array, ""], Any]:
+        return state.done, state.status
+
+    def record(self, state: AttackState) -> dict[str, Array]:
+        return {"iteration": state.iteration, "attacks": state.attacks, "mode": state.mode}
+
+
+def _blocked(state: AttackState, g: Array) -> Array:
+    """Where x is at a bound and the gradient pushes against it."""
+    low, high = state.box.lower / state.unit, state.box.upper / state.unit
+    return ((state.x <= low) & (g > 0)) | ((state.x >= high) & (g < 0))
+
+
+def _start(start: Start, x: PyTree, key: PRNGKeyArray) -> Start:
+    return Start(x, start.bounds, start.carry, key, start.answer, start.constraint_bounds)
+
+
+def _nothing(query: Query) -> PyTree:
+    raise ValueError("a solver of `then` must not ask for the shapes of answers.")
+
+
+def _rows(query: Query) -> tuple[Array, Array]:
+    """The points of a batch as rows, and which of them are wanted."""
+    if query.mask is None or query.derivatives:
+        raise ValueError("the solvers of `then` must ask for values at batches of points.")
+    return flat(query.x), query.mask
