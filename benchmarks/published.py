@@ -37,17 +37,6 @@ HOAG = {
 MAID = {f"MAID {step:g}": Peer(tolerax.MAID(first_step=step)) for step in (1.0, 100.0)}
 
 
-def fixed() -> dict[str, Peer]:
-    """Our line search at tolerances that never change, on our own bounds."""
-    return {
-        f"fixed {t:g}": Peer(
-            tolerax.InexactLineSearch(accuracy=tolerax.Accuracy(t, t), adaptive=False),
-            published=False,
-        )
-        for t in (1e-1, 1e-3, 1e-5)
-    }
-
-
 class Rival(NamedTuple):
     """What a peer reached: its best loss and where, its cost to within a thousandth of what it
     gained, and our cost to the same loss."""
@@ -118,9 +107,8 @@ def measure_p1(settings: Settings) -> dict[str, Measured]:
     """P1 against both."""
     from tolerax.problems.library import digits_penalties
 
-    peers = HOAG | MAID | ({} if settings.quick else fixed())
     rows = [
-        versus(digits_penalties, peers, seed, P1_COST[settings.quick], settings)
+        versus(digits_penalties, HOAG | MAID, seed, P1_COST[settings.quick], settings)
         for seed in settings.seeds
     ]
     detail = {"rows": [row.detail() for row in rows]}

@@ -82,7 +82,7 @@ class Dense(NamedTuple):
 
     def __call__(self, x: PyTree, y: PyTree) -> Truth:
         """The truth at x; y is where Newton's method starts."""
-        y, decrement = self._solve(x, y)
+        y, decrement = self.solve(x, y)
         _, unravel = ravel_pytree(y)
         hessian = np.asarray(_dense_hessian(self.lower, y, x))
         _, slope = _value_and_gradient(self.upper, y, x)
@@ -94,7 +94,7 @@ class Dense(NamedTuple):
         gradient = _hypergradient(self.upper, self.lower, y, x, adjoint)
         return Truth(float(value), gradient, y, decrement)
 
-    def _solve(self, x: PyTree, y: PyTree) -> tuple[PyTree, float]:
+    def solve(self, x: PyTree, y: PyTree) -> tuple[PyTree, float]:
         """Newton steps with step halving until the decrement is below the tolerance relative to
         |y|_H, or as small as rounding lets it become; the factor is kept while it serves."""
         flat, unravel = ravel_pytree(y)
@@ -178,9 +178,10 @@ def tight_solve(lower: Level, y: PyTree, x: PyTree, reduction: float = 1e-9) -> 
 def tight_loss(upper: Level, lower: Level, x: PyTree, y: PyTree) -> tuple[float, PyTree]:
     """True upper loss at x, the lower level solved tightly from y; and that solution."""
     if ravel_pytree(y)[0].size <= 2000:
-        truth = Dense(upper, lower)(x, y)  # also where conjugate gradients do not get there
-        return truth.value, truth.y
-    y = tight_solve(lower, y, x)
+        # Also where conjugate gradients do not get there.
+        y = Dense(upper, lower, tolerance=1e-10).solve(x, y)[0]
+    else:
+        y = tight_solve(lower, y, x)
     if not np.isfinite(ravel_pytree(y)[0]).all():
         raise RuntimeError("the reference solve of the lower level failed")
     return float(_value_and_gradient(upper, y, x)[0]), y
