@@ -1,7 +1,5 @@
 """Known solutions are reached with and without second derivatives, and what has none says so."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
@@ -89,12 +87,3 @@ def test_options_are_checked():
         tolerax.ExactAugmentedLagrangian(atol=-1.0)
     with pytest.raises(ValueError, match="eta is"):
         tolerax.ExactAugmentedLagrangian(eta=(0.0, 0.1))
-
-
-def test_a_batch_of_starts_equals_single_runs():
-    problem, start = constrained.problem("42")
-    starts = start[None] + jnp.arange(3.0)[:, None] / 10
-    run = lambda x: tolerax.solve(problem, SOLVERS["second order"], x, max_steps=50)  # noqa: E731
-    batch = jax.jit(jax.vmap(run))(starts)
-    for i, x in enumerate(starts):
-        np.testing.assert_allclose(batch.x[i], run(x).x, atol=1e-10)
