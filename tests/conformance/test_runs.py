@@ -74,10 +74,10 @@ def test_max_steps_is_exact_and_the_rest_equals_one_long_run(entry):
     problem = zoo.objective("rosenbrock")
     start = jnp.array([-1.2, 1.0])
     whole = zoo.run(problem, entry.solver(), start)
-    part = zoo.tolerax.solve(problem, entry.solver(), start, max_steps=11)
+    part = zoo.tolerax.solve(problem, entry.solver(), start, max_steps=5)
     assert zoo.name_of(part.status) == "budget"
-    assert int(part.steps) == int(part.work.points) == 11
-    rest = zoo.tolerax.solve(problem, entry.solver(), part.state, max_steps=zoo.STEPS - 11)
+    assert int(part.steps) == int(part.work.points) == 5
+    rest = zoo.tolerax.solve(problem, entry.solver(), part.state, max_steps=zoo.STEPS - 5)
     assert_same_bits(whole, rest)
 
 
