@@ -164,9 +164,11 @@ class Minimization(eqx.Module):
         b: Vector,
         tolerance: Scalar,
         relative: ArrayLike = 0.0,
+        exact: bool = True,
     ) -> LinearResult:
         """Solve with the (symmetric) lower-level Hessian at y, to a tolerance or to `relative`
         times the size of the solution."""
+        del exact
         return self._linear(at, known, y, b, tolerance, None, relative)
 
     def linear_work(self, products: ArrayLike) -> Work:

@@ -439,10 +439,10 @@ class ReducedHessian(eqx.Module):
             return -jax.grad(at.lagrangian, argnums=1)(y, q, flat_x)
 
         f_x_v = jax.jvp(f_of_x, (at.flat_x,), (v,))[1]
-        forward = norm.solve_linear(at, known, y, -f_x_v, tolerance, relative)
+        forward = norm.solve_linear(at, known, y, -f_x_v, tolerance, relative, exact=False)
         gradients = lambda y, x: jax.grad(at.lagrangian, argnums=(0, 2))(y, q, x)  # noqa: E731
         l_y, l_x = jax.jvp(gradients, (y, at.flat_x), (forward.x, v))[1]
-        backward = norm.solve_transpose(at, known, y, l_y, tolerance, relative)
+        backward = norm.solve_transpose(at, known, y, l_y, tolerance, relative, exact=False)
         last = jax.vjp(f_of_x, at.flat_x)[1](backward.x)[0]
         per_state, per_adjoint = self.shows
         return Product(

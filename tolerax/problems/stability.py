@@ -13,6 +13,7 @@ from tolerax.contracts import Provenance, Work
 from tolerax.inner.estimates import largest_singular_value, smallest_eigenvalue
 from tolerax.inner.gmres import GMRES
 from tolerax.inner.krylov import LinearResult
+from tolerax.inner.minres import MINRES
 from tolerax.inner.roots import NewtonKrylov, dual_size
 from tolerax.problems.constants import constant, origin
 from tolerax.problems.implicit import Carry, Fixed, Solved
@@ -25,6 +26,7 @@ Inverse = Callable[[Vector], Vector]
 
 INVERSE_STEPS = 3
 LANCZOS_STEPS = 12
+NO_LAST_LOOK = {"exact_residual": False}
 
 
 class KnownStability(eqx.Module):
@@ -205,8 +207,10 @@ class Stability(eqx.Module):
         b: Vector,
         tolerance: Scalar,
         relative: ArrayLike = 0.0,
+        exact: bool = True,
     ) -> LinearResult:
-        """Solve with F_y at y, to a tolerance or to a residual of `relative` times b."""
+        """Solve with F_y at y, to a tolerance or to a residual of `relative` times b. Without
+        `exact` the residual may be that of a recurrence, which takes less."""
         operator = jax.linearize(at.residual, y)[1]
         c, inverse = known.stability, self.inverse(at)
         return self.adjoint_solver(
@@ -216,11 +220,16 @@ class Stability(eqx.Module):
             relative=relative,
             lower_bound=c,
             preconditioner=inverse,
+            **self._last_look(exact),
         )
 
+    def _last_look(self, exact: bool) -> dict[str, bool]:
+        return {} if exact or not isinstance(self.adjoint_solver, MINRES) else NO_LAST_LOOK
+
     def linear_work(self, products: ArrayLike) -> Work:
-        """What linear solves of so many products cost."""
-        return self.work(products)
+        """What the two linear solves of a Hessian product cost."""
+        # One more use of the preconditioner than of F_y begins each.
+        return self.work(products, solves=2 if isinstance(self.adjoint_solver, MINRES) else 0)
 
     def solve_transpose(
         self,
@@ -231,6 +240,7 @@ class Stability(eqx.Module):
         tolerance: Scalar,
         relative: ArrayLike = 0.0,
         guess: Vector | None = None,
+        exact: bool = True,
     ) -> LinearResult:
         """Solve with the transpose of F_y at y, likewise."""
         pullback = jax.vjp(at.residual, y)[1]
@@ -242,6 +252,7 @@ class Stability(eqx.Module):
             lower_bound=known.stability,
             guess=guess,
             preconditioner=self.inverse(at),
+            **self._last_look(exact),
         )
 
     def solve_adjoint(
