@@ -193,3 +193,15 @@ def test_a_restarted_fgmres_still_converges():
 def test_sizes_that_make_no_sense(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_minres_without_a_last_look_knows_its_residual():
+    A = jnp.asarray(np.random.default_rng(0).normal(size=(12, 12)))
+    A = A + A.T
+    for tolerance in (1e-1, 1e-6):
+        looked, not_looked = (
+            MINRES()(lambda v: A @ v, jnp.ones(12), tolerance=tolerance, exact_residual=exact)
+            for exact in (True, False)
+        )
+        np.testing.assert_allclose(not_looked.error, looked.error, rtol=1e-4, atol=1e-12)
+        assert int(not_looked.products) == int(looked.products) - 1

@@ -118,7 +118,9 @@ class MINRES(eqx.Module):
         x = x if guess is None else guess + x
         if not exact_residual:
             made = steps + (guess is not None)
-            return LinearResult.by_residual(x, r0, jnp.abs(end[-4]), first, wanted, c, steps, made)
+            *_, eta, _, broken = end
+            norm = jnp.where(broken, jnp.inf, jnp.abs(eta))
+            return LinearResult.by_residual(x, r0, norm, first, wanted, c, steps, made)
         # Rounding makes the recurrence drift off: what counts is the residual itself.
         residual = b - operator(x)
         norm = jnp.sqrt(jnp.maximum(jnp.dot(inverse(residual), residual), 0))
