@@ -20,6 +20,7 @@ depend on the grid. The problem is made such that its optimum is known.
 """
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,9 @@ small = os.environ.get("TOLERAX_EXAMPLE_SIZE") == "small"
 # heat equation, each to its own tolerance.
 
 solver = tolerax.InexactNewton(rtol=1e-6, atol=0.0, gauss_newton=True)
-for n in (7,) if small else (15, 31):
+
+
+def inverted(n: int) -> tuple[Any, tolerax.Solution]:
     p = coefficient_inversion(n)
     solution = tolerax.solve(p.problem, solver, p.x0)
     model = solution.state.solver_state.model
@@ -45,12 +48,18 @@ for n in (7,) if small else (15, 31):
         f"{n} x {n}: {solution.state.solver_state.iterations} steps, {model.products} products, "
         f"{solution.work.linear_iterations} inner iterations, relative error {error:.0e}"
     )
+    return p, solution
+
+
+p, solution = inverted(7 if small else 15)
+if not small:
+    p, solution = inverted(31)
 
 # %%
 # What was found, and how the gradient fell.
 
 figure, axes = plt.subplots(1, 3, figsize=(9.5, 2.9))
-for ax, m, name in zip(axes, (p.optimum, solution.x), ("optimum", "found"), strict=False):
+for ax, m, name in zip(axes[:2], (p.optimum, solution.x), ("optimum", "found"), strict=True):
     shown = ax.imshow(m.T, origin="lower", extent=(0, 1, 0, 1))
     ax.set(title=f"log conductivity, {name}", xticks=[], yticks=[])
     figure.colorbar(shown, ax=ax, shrink=0.85)
