@@ -59,6 +59,10 @@ class TinySQP(Solver):
     feasible_within: float = 1e-8
 
     @property
+    def honours_constraints(self):
+        return True
+
+    @property
     def feasibility(self):
         return self.feasible_within
 

@@ -345,6 +345,10 @@ class AtMost(Solver):
         return self.solver.honours_constraints
 
     @property
+    def uses_hessian(self) -> bool:
+        return self.solver.uses_hessian
+
+    @property
     def honours_bounds(self) -> bool:
         return self.solver.honours_bounds
 

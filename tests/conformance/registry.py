@@ -42,6 +42,7 @@ class Entry:
     - `statuses`: names of the statuses it can end with, each of which a test must reach.
     - `looks_twice`: whether it asks for the gradient where it has asked for the value before.
     - `names_wrong_gradients`: whether it tells a wrong gradient from a failed search.
+    - `lower_after`: answers after which it has seen a value below that of the start.
     - `fields`: fields to set so that a status is reached within `STEPS` answers, by status.
     """
 
@@ -55,6 +56,7 @@ class Entry:
     looks_twice: bool = False
     names_wrong_gradients: bool = False
     fields: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    lower_after: int = 2
 
     def __str__(self) -> str:
         return self.name
@@ -114,7 +116,13 @@ SOLVERS = (
         statuses=(ADAPTIVE - {"converged_estimated"}) | {"gradient_inconsistent"},
         names_wrong_gradients=True,
     ),
-    Entry("sqp", ExactAugmentedLagrangian, "sqp", solves=ALL),
+    Entry(
+        "sqp",
+        ExactAugmentedLagrangian,
+        "sqp",
+        solves=ALL,
+        lower_after=3,
+    ),
 )
 
 # One entry a class: for what depends on the code of a solver and not on its fields, and compiles.

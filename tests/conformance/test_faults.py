@@ -189,8 +189,7 @@ def test_wrong_answers_are_named(entry, answer):
 
 @every_solver
 def test_an_exception_carries_the_best_point(entry):
-    # Newton's method is done after three.
-    seen = zoo.Recorded(raises_later(3))
+    seen = zoo.Recorded(raises_later(entry.lower_after + 1))
     problem = zoo.python_objective("quadratic", fun=seen)
     with pytest.raises(EvaluationError, match="the simulation broke") as raised:
         zoo.run(problem, entry.solver(), jnp.asarray(START))

@@ -441,7 +441,8 @@ class ExactAugmentedLagrangian(Solver):
             moved = _replace(
                 state,
                 relaxed=jnp.where(passes, state.relaxed + 1, 0),
-                caution=jnp.where(kind == LOOK, state.caution, 0),
+                # A step that only passes for now has not shown that it was one.
+                caution=jnp.where(accepted & (kind != LOOK), 0, state.caution),
                 iterations=state.iterations + (kind != LOOK),
             )
             return self._plan(moved, evaluation, told, merit)

@@ -134,6 +134,8 @@ def poisson_control(n: int = 64, alpha: float = 1e-4, **options: Any) -> PDEExam
     `A y_d / (alpha A^2 + 1)`. The state solve is a fast sine transform. `options` are passed on to
     [`PDEConstrained`][].
 
+    >>> import jax.numpy as jnp, tolerax
+    >>> from tolerax.problems.library import poisson_control
     >>> p = poisson_control(n=15)
     >>> query = tolerax.Query(p.optimum, tolerax.Accuracy(1e-12, 1e-12))
     >>> bool(jnp.linalg.norm(p.problem.evaluate(query).gradient) < 1e-12)
@@ -191,6 +193,8 @@ def semilinear_control(
     for u = 0) there is no state, and the constants of the bounds are estimated. `options` are
     passed on to [`PDEConstrained`][].
 
+    >>> import jax.numpy as jnp, tolerax
+    >>> from tolerax.problems.library import semilinear_control
     >>> p = semilinear_control(n=15)
     >>> query = tolerax.Query(p.optimum, tolerax.Accuracy(1e-10, 1e-12))
     >>> bool(jnp.linalg.norm(p.problem.evaluate(query).gradient) < 1e-9)
@@ -289,6 +293,8 @@ def coefficient_inversion(
     system to rounding, with an adjoint that is not 0. The regularization is the metric on m.
     `options` are passed on to [`PDEConstrained`][]; `optimum` and `x0` have n + 2 points an axis.
 
+    >>> import jax.numpy as jnp, tolerax
+    >>> from tolerax.problems.library import coefficient_inversion
     >>> p = coefficient_inversion(n=15)
     >>> query = tolerax.Query(p.optimum, tolerax.Accuracy(1e-10, 1e-10))
     >>> bool(jnp.linalg.norm(p.problem.evaluate(query).gradient) < 1e-8)
