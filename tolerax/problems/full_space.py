@@ -27,8 +27,8 @@ class FullSpace(Problem):
     control and adjoint converge together.
 
     - `preconditioner(y, u)`: an operator whose `mv(a, b)` takes a pair like `(y, u)` and a tree
-      like the residual, as of `Evaluation.preconditioner`; for instance [`MatchedSchur`][]. With a
-      good one the work depends neither on the grid nor on the weight of the control.
+      like the residual, as of `Evaluation.preconditioner`; for instance [`MatchedSchur`][]. A
+      good one keeps the work from growing with the grid or with a small weight of the control.
 
     x is the pair `(y, u)`. Made by [`PDEConstrained.full_space`][].
 

@@ -69,7 +69,8 @@ class DirectionalAttack(Solver):
     take turns, from the best point on, and as soon as one has found a lower value attacks begin
     again there. Turns that find nothing grow twice as long, so that most of a long run is theirs.
 
-    Attacks are heuristic. What is guaranteed is what the last of `then` guarantees.
+    All of this is heuristic: since the solvers of `then` begin anew after each success, a run
+    inherits none of their guarantees.
 
     - `then`: a tuple of solvers that ask for values at batches of points; by default a
       [`ModelTrustRegion`][] with this `tol`. With an empty one a run ends where attacks stall.
@@ -138,7 +139,7 @@ class DirectionalAttack(Solver):
         n, dtype = x0.size, x0.dtype
         box = Box.of(start)
         unit = first_radius(self.radius, start, box)
-        _zero, inf, count = jnp.zeros((), dtype), jnp.array(jnp.inf, dtype), jnp.array(0)
+        inf, count = jnp.array(jnp.inf, dtype), jnp.array(0)
         keys = jax.random.split(start.key, len(self._others) + 1)
         u = x0 / unit
         state = AttackState(
@@ -181,13 +182,15 @@ class DirectionalAttack(Solver):
 
     def ask(self, state: AttackState) -> Query:
         x = state.box.clip(state.unit * state.x)
-        asked = [self._padded(state, *self._attack(state))]
+        asked = [self._attack(state)]
         asked += [
-            self._padded(state, *_rows(solver.ask(other)))
+            _rows(solver.ask(other))
             for solver, other in zip(self._others, state.others, strict=True)
         ]
+        width = max(mask.shape[0] for _, mask in asked)
         which = jnp.where(state.mode == OTHER, 1 + state.turn, 0)
-        points, mask = jax.tree.map(lambda *rows: jnp.stack(rows)[which], *asked)
+        padded = [_padded(points, mask, width) for points, mask in asked]
+        points, mask = jax.tree.map(lambda *rows: jnp.stack(rows)[which], *padded)
         points = jnp.concatenate([x[None], points])
         mask = jnp.concatenate([(state.mode == GRADIENT)[None], mask])
         each = lambda t: jnp.broadcast_to(jnp.asarray(t, x.dtype), mask.shape)  # noqa: E731
@@ -204,21 +207,8 @@ class DirectionalAttack(Solver):
         points = jnp.clip(
             state.unit[None] * state.rungs, state.box.lower[None], state.box.upper[None]
         )
-        ladder = state.mode == LADDER
-        if self.samples:
-            sampled = (state.mode == GRADIENT) & (jnp.arange(self._rungs()) < 2 * self.samples)
-            return points, sampled | (ladder & (jnp.arange(self._rungs()) < KINDS * len(FACTORS)))
-        return points, jnp.broadcast_to(ladder, (self._rungs(),))
-
-    def _width(self, state: AttackState) -> int:
-        sizes = [
-            _rows(s.ask(o))[1].shape[0] for s, o in zip(self._others, state.others, strict=True)
-        ]
-        return max([self._rungs(), *sizes])
-
-    def _padded(self, state: AttackState, points: Array, mask: Array) -> tuple[Array, Array]:
-        more = self._width(state) - mask.shape[0]
-        return jnp.pad(points, ((0, more), (0, 0)), mode="edge"), jnp.pad(mask, (0, more))
+        count = jnp.where(state.mode == LADDER, KINDS * len(FACTORS), 2 * self.samples)
+        return points, jnp.arange(self._rungs()) < count
 
     # -- tell -------------------------------------------------------------------------------------
 
@@ -505,6 +495,12 @@ def _blocked(state: AttackState, g: Array) -> Array:
 
 def _start(start: Start, x: PyTree, key: PRNGKeyArray) -> Start:
     return Start(x, start.bounds, start.carry, key, start.answer, start.constraint_bounds)
+
+
+def _padded(points: Array, mask: Array, width: int) -> tuple[Array, Array]:
+    """More rows, which nobody wants."""
+    more = width - mask.shape[0]
+    return jnp.pad(points, ((0, more), (0, 0)), mode="edge"), jnp.pad(mask, (0, more))
 
 
 def _nothing(query: Query) -> PyTree:
