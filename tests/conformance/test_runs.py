@@ -91,7 +91,8 @@ def test_work_limits_stop_between_answers(entry):
         kind = next(iter(limit)) if isinstance(limit, dict) else "units"
         assert int(getattr(solution.work, kind)) >= 7
         # A Hessian takes several gradients a point, and its products are units too.
-        assert int(solution.work.points) == 7 or entry.solver().uses_hessian
+        points = int(solution.work.points)
+        assert (points <= 7) if entry.solver().uses_hessian else (points == 7)
 
 
 @every_solver
