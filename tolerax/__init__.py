@@ -14,10 +14,12 @@ from tolerax.minimize import minimize as minimize
 from tolerax.minimize import scipy_method as scipy_method
 from tolerax.problems import Bilevel as Bilevel
 from tolerax.problems import Implicit as Implicit
+from tolerax.problems import ImplicitEuler as ImplicitEuler
 from tolerax.problems import LeastSquares as LeastSquares
 from tolerax.problems import NeuralSurrogate as NeuralSurrogate
 from tolerax.problems import Objective as Objective
 from tolerax.problems import PDEConstrained as PDEConstrained
+from tolerax.problems import TimeDependent as TimeDependent
 from tolerax.problems import Workers as Workers
 from tolerax.problems import batched_least_squares as batched_least_squares
 from tolerax.problems import proved as proved

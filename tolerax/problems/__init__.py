@@ -9,6 +9,7 @@ from tolerax.problems.full_space import FullSpace as FullSpace
 from tolerax.problems.full_space import MatchedSchur as MatchedSchur
 from tolerax.problems.implicit import BackwardReport as BackwardReport
 from tolerax.problems.implicit import Implicit as Implicit
+from tolerax.problems.implicit_euler import ImplicitEuler as ImplicitEuler
 from tolerax.problems.lanes import InLanes as InLanes
 from tolerax.problems.lanes import batched_least_squares as batched_least_squares
 from tolerax.problems.least_squares import LeastSquares as LeastSquares
@@ -18,4 +19,5 @@ from tolerax.problems.onnx import read_onnx as read_onnx
 from tolerax.problems.pde import PDEConstrained as PDEConstrained
 from tolerax.problems.stability import Stability as Stability
 from tolerax.problems.surrogate import NeuralSurrogate as NeuralSurrogate
+from tolerax.problems.time_dependent import TimeDependent as TimeDependent
 from tolerax.problems.workers import Workers as Workers

@@ -20,6 +20,13 @@ PDE-constrained, on grids of any size and with optima that are known, as a [`PDE
 | [`semilinear_control`][] | n x n source | state | `A y + y^3 = u + s`, or with `exp(y)` |
 | [`coefficient_inversion`][] | coefficient | state | `-div(exp(m) grad y) = f` |
 
+Evolving in time, likewise, as an [`EvolutionExample`][] each:
+
+| function | x | y | equation |
+|---|---|---|---|
+| [`heat_initial_condition`][] | n x n, at time 0 | n x n | `dy/dt = -kappa A y` |
+| [`burgers_control`][] | steps x n | n | `dy/dt + (y^2 / 2)_s = nu y_ss + u + s` |
+
 Trained networks, as a [`LibrarySurrogate`][] each; the networks are trained when called:
 
 | function | x | network | constraints |
@@ -40,6 +47,9 @@ from tolerax.problems.library.cleaning import HyperCleaning as HyperCleaning
 from tolerax.problems.library.cleaning import hyper_cleaning as hyper_cleaning
 from tolerax.problems.library.closed_form import Quadratic as Quadratic
 from tolerax.problems.library.closed_form import quadratic as quadratic
+from tolerax.problems.library.evolution import EvolutionExample as EvolutionExample
+from tolerax.problems.library.evolution import burgers_control as burgers_control
+from tolerax.problems.library.evolution import heat_initial_condition as heat_initial_condition
 from tolerax.problems.library.experts import field_of_experts as field_of_experts
 from tolerax.problems.library.pde import PDEExample as PDEExample
 from tolerax.problems.library.pde import coefficient_inversion as coefficient_inversion
