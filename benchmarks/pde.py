@@ -6,6 +6,7 @@ state, control and adjoint are unknowns of one system, join `GROUPS` as modules 
 
 from benchmarks import (
     pde_bounds,
+    pde_evolution,
     pde_full_space,
     pde_inversion,
     pde_poisson,
@@ -20,5 +21,6 @@ GROUPS = (
     pde_semilinear.GROUP,
     pde_full_space.GROUP,
     pde_sketch.GROUP,
+    pde_evolution.GROUP,
     pde_bounds.GROUP,
 )
