@@ -17,7 +17,7 @@ TIGHT = tolerax.Accuracy(1e-12, 1e-12)
 def compiled(n: int, steps: int) -> tuple[Any, Any]:
     """P3 without a stored trajectory, and a compiled evaluation."""
     p = heat_initial_condition(n, steps, store_up_to=0)
-    whole = eqx.filter_jit(lambda problem, x: problem.evaluate(tolerax.Query(x, TIGHT)))
+    whole: Any = eqx.filter_jit(lambda problem, x: problem.evaluate(tolerax.Query(x, TIGHT)))
     return p, whole.lower(p.problem, p.x0).compile()
 
 

@@ -12,6 +12,7 @@ from tolerax.contracts import Work as Work
 from tolerax.driver import solve as solve
 from tolerax.minimize import minimize as minimize
 from tolerax.minimize import scipy_method as scipy_method
+from tolerax.problems import AdaptiveSteps as AdaptiveSteps
 from tolerax.problems import Bilevel as Bilevel
 from tolerax.problems import Implicit as Implicit
 from tolerax.problems import ImplicitEuler as ImplicitEuler

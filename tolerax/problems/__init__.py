@@ -1,5 +1,6 @@
 """Problems: what answers queries. Ready-made instances are in `tolerax.problems.library`."""
 
+from tolerax.problems.adaptive_steps import AdaptiveSteps as AdaptiveSteps
 from tolerax.problems.bilevel import Bilevel as Bilevel
 from tolerax.problems.bilevel import SumOver as SumOver
 from tolerax.problems.constants import proved as proved

@@ -34,14 +34,15 @@ class TimeDependent(Problem):
       `lambda x: (x, target)`. `None`: u is x, at all times.
     - `times`: the pair (t0, t1).
     - `method`: [`ImplicitEuler`][]: its discrete solution is the truth, and inexact are the solves
-      in its steps.
+      in its steps; or [`AdaptiveSteps`][]: the solution of the differential equation is the truth,
+      and the tolerance is that of a step size controller.
     - `weight`: of the inner product of states, for a state on a grid the area of a cell.
     - `metric`: the inner product on x, see [`Implicit`][]; for a control in time and space the
       area of a cell times the length of an interval. `bounds`: pair of pytrees like x, or scalars.
 
     `Accuracy.state` bounds the error of states, `Accuracy.adjoint` that of adjoints (times
-    `weight` they are derivatives of the cost by the state), both at all times in the norm that
-    belongs to `weight`.
+    `weight` they are derivatives of the cost by the state), both in the norm that belongs to
+    `weight`, over all times with implicit Euler and at t1 with adaptive steps.
 
     >>> import equinox as eqx, jax.numpy as jnp, tolerax
     >>> problem = tolerax.TimeDependent(
