@@ -14,6 +14,9 @@ from tolerax.minimize import minimize as minimize
 from tolerax.minimize import scipy_method as scipy_method
 from tolerax.problems import AdaptiveSteps as AdaptiveSteps
 from tolerax.problems import Bilevel as Bilevel
+from tolerax.problems import Boxes as Boxes
+from tolerax.problems import Equation as Equation
+from tolerax.problems import HardConstrained as HardConstrained
 from tolerax.problems import Implicit as Implicit
 from tolerax.problems import ImplicitEuler as ImplicitEuler
 from tolerax.problems import LeastSquares as LeastSquares

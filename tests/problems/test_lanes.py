@@ -153,10 +153,11 @@ def test_bad_input_is_named():
 
 
 DEVICES = """
-import jax, numpy, sys
+import equinox, jax, numpy, sys
 jax.config.update("jax_enable_x64", True)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import tolerax
+from tests.problems.test_hard_constrained import BENT, BOXES, EQUATION, NETWORK
 from tests.problems.test_lanes import START, lanes, residuals
 
 A, b, _, _ = lanes()
@@ -172,13 +173,16 @@ for count in (1, 8):
         return jax.numpy.sum(found.w), found
 
     (_, found), slope = jax.value_and_grad(minimizers, has_aux=True)(b)
-    rows.append(numpy.concatenate([found.w.ravel(), slope.ravel()]))
+    layer = tolerax.HardConstrained(NETWORK, EQUATION, BOXES, ridge=1e-4, solver=solver)
+    field = equinox.filter_jit(layer)(BENT)
+    rows.append(numpy.concatenate([found.w.ravel(), slope.ravel(), field.u.ravel()]))
 numpy.save(sys.argv[1], rows)
 """
 
 
 def test_one_device_gives_what_eight_give(tmp_path):
-    """Four lanes on eight devices: half of them have none of their own."""
+    """Four lanes on eight devices: half of them have none of their own. And a layer of 3 experts
+    for each of 2 samples."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     subprocess.run(
         [sys.executable, "-c", DEVICES, str(tmp_path / "rows.npy")],

@@ -12,6 +12,7 @@ from tolerax.inner.krylov import CG
 from tolerax.inner.levenberg_marquardt import in_blocks
 from tolerax.inner.normal_equations import factored
 from tolerax.inner.residuals import Structured
+from tolerax.inner.rows import gram, times, transposed
 
 Lane = Float[Array, " k"]
 Rows = Float[Array, "k n"]
@@ -66,11 +67,11 @@ def solve_hessian(
         if hessian == "exact":
             S = S + jax.vmap(fun.curvature)(w, data, r)
         both = free[:, :, None] & free[:, None, :]
-        H = jnp.where(both, jnp.einsum("kmi,kmj->kij", J, J) + S, eye)
+        H = jnp.where(both, gram(J) + S, eye)
         solve = factored(jnp.where(jnp.isfinite(H), H, eye))
 
         def left(q: Rows) -> Rows:
-            through = jnp.einsum("kmi,km->ki", J, jnp.einsum("kmi,ki->km", J, q))
+            through = transposed(J, times(J, q))
             return b - jnp.where(free, through + jnp.einsum("kij,kj->ki", S, q), 0)
 
         q = jnp.where(free, solve(b), 0)

@@ -14,6 +14,7 @@ from tolerax.inner.normal_equations import (
     normal_equations,
     trust_region_step,
 )
+from tolerax.inner.rows import Jacobian, all_finite, only
 from tolerax.status import PointStatus
 
 Lane = Float[Array, " k"]
@@ -103,7 +104,7 @@ def first_lanes(w: Rows, radius: Lane) -> Lanes:
 def told(
     lanes: Lanes,
     r: Float[Array, "k m"],
-    J: Float[Array, "k m n"],
+    J: Jacobian,
     terms: Terms,
     tolerance: Lane,
     curvature: Float[Array, "k n n"] | None = None,
@@ -111,9 +112,9 @@ def told(
     """The lanes after residuals and Jacobian at their trials. Lanes that are not active stay."""
     x, eps = lanes.trial, jnp.finfo(lanes.w.dtype).eps
     cost = 0.5 * jnp.sum(r * r, axis=1) + 0.5 * terms.ridge * jnp.sum(x * x, axis=1)
-    finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(J), axis=(1, 2))
+    finite = jnp.isfinite(cost) & all_finite(J)
     # A lane that is not finite must not reach the factorizations that all lanes share.
-    r, J = jnp.where(finite[:, None], r, 0), jnp.where(finite[:, None, None], J, 0)
+    r, J = jnp.where(finite[:, None], r, 0), only(finite, J)
     normal = normal_equations(r, J, x, terms.ridge, lanes.active & finite, curvature)
     g = normal.gradient
     blocked = ((x <= terms.lower) & (g > 0)) | ((x >= terms.upper) & (g < 0))

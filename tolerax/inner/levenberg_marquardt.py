@@ -298,13 +298,14 @@ def in_blocks(run: Any, block: int | None, sharding: NamedSharding | None, *tree
     share = -(-count // parts)
     if block is None:
         block = 1 if jax.default_backend() == "cpu" else share
-    block = min(block, share)
+    size = block = min(block, share)
     blocks = -(-share // block)
     if blocks == parts == 1:
         return run(*trees)
 
     def blockwise(trees: PyTree) -> Any:
-        stacked = jax.tree.map(lambda leaf: leaf.reshape(-1, block, *leaf.shape[1:]), trees)
+        split = lambda leaf: leaf.reshape(len(leaf) // size, size, *leaf.shape[1:])  # noqa: E731
+        stacked = jax.tree.map(split, trees)
         answers = jax.lax.map(lambda lanes: run(*lanes), stacked)
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), answers)
 

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float
 
+from tolerax.inner.rows import Jacobian, dense, transposed
+from tolerax.inner.rows import gram as gram_of
+
 Lane = Float[Array, " k"]
 Rows = Float[Array, "k n"]
 Square = Float[Array, "k n n"]
@@ -75,7 +78,7 @@ def _convex(gram: Square, extra: Square) -> Square:
 
 def normal_equations(
     r: Float[Array, "k m"],
-    J: Float[Array, "k m n"],
+    J: Jacobian,
     w: Rows,
     ridge: Lane,
     wanted: Bool[Array, " k"],
@@ -90,8 +93,8 @@ def normal_equations(
     count, n = w.shape
     eps = jnp.finfo(w.dtype).eps
     eye = jnp.eye(n, dtype=w.dtype)[None]
-    gram = jnp.einsum("kmi,kmj->kij", J, J) + ridge[:, None, None] * eye
-    gradient = jnp.einsum("kmi,km->ki", J, r) + ridge[:, None] * w
+    gram = gram_of(J) + ridge[:, None, None] * eye
+    gradient = transposed(J, r) + ridge[:, None] * w
     if curvature is not None:
         used = jnp.any(curvature != 0)
         gram = jax.lax.cond(used, _convex, lambda gram, _: gram, gram, curvature)
@@ -108,7 +111,7 @@ def normal_equations(
 
     def by_qr() -> tuple[Square, Rows]:
         rows = jnp.sqrt(ridge)[:, None, None] * eye
-        stacked = jnp.concatenate([J, jnp.broadcast_to(rows, (count, n, n))], axis=1)
+        stacked = jnp.concatenate([dense(J), jnp.broadcast_to(rows, (count, n, n))], axis=1)
         right = jnp.concatenate([r, jnp.sqrt(ridge)[:, None] * w], axis=1)
         Q, R = jnp.linalg.qr(stacked / scale[:, None, :])
         return R, jnp.einsum("kmi,km->ki", Q, right)

@@ -8,6 +8,10 @@ from tolerax.problems.energy import Energy as Energy
 from tolerax.problems.energy import Euclidean as Euclidean
 from tolerax.problems.full_space import FullSpace as FullSpace
 from tolerax.problems.full_space import MatchedSchur as MatchedSchur
+from tolerax.problems.hard_constrained import Equation as Equation
+from tolerax.problems.hard_constrained import Field as Field
+from tolerax.problems.hard_constrained import HardConstrained as HardConstrained
+from tolerax.problems.hard_constrained import WarmStart as WarmStart
 from tolerax.problems.implicit import BackwardReport as BackwardReport
 from tolerax.problems.implicit import Implicit as Implicit
 from tolerax.problems.implicit_euler import ImplicitEuler as ImplicitEuler
@@ -18,6 +22,9 @@ from tolerax.problems.norms import CrossBounds as CrossBounds
 from tolerax.problems.objective import Objective as Objective
 from tolerax.problems.onnx import read_onnx as read_onnx
 from tolerax.problems.pde import PDEConstrained as PDEConstrained
+from tolerax.problems.routers import Boxes as Boxes
+from tolerax.problems.routers import RandomAssignment as RandomAssignment
+from tolerax.problems.routers import Router as Router
 from tolerax.problems.stability import Stability as Stability
 from tolerax.problems.surrogate import NeuralSurrogate as NeuralSurrogate
 from tolerax.problems.time_dependent import TimeDependent as TimeDependent

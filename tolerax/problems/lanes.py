@@ -1,5 +1,6 @@
 """States that are the minimizers of many least-squares problems: `Implicit` in lanes."""
 
+import dataclasses
 from typing import Any, get_args
 
 import equinox as eqx
@@ -9,7 +10,12 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Provenance, Work
 from tolerax.inner.lane_adjoint import Hessian, positions, solve_hessian
-from tolerax.inner.levenberg_marquardt import BatchedLevenbergMarquardt, LeastSquaresResult
+from tolerax.inner.lane_kkt import hold, solve_held
+from tolerax.inner.levenberg_marquardt import (
+    BatchedLevenbergMarquardt,
+    LeastSquaresResult,
+    check_lanes,
+)
 from tolerax.inner.residuals import structured
 from tolerax.problems.implicit import BackwardReport, Fixed, Implicit, Solved
 from tolerax.status import PointStatus
@@ -39,7 +45,10 @@ class InLanes(eqx.Module):
     - `residuals`: of one lane, `(w, data) -> (m,)`, or [`Pointwise`][]. - `solver`: of the lanes.
     - `ridge`, `bounds`: as of the solver. The adjoint has the same ridge.
     - `hessian`: of the adjoint, see [`batched_least_squares`][].
-    - `max_products`: the most of `"cg"`.
+    - `max_products`: the most of `"cg"`. - `radius`: the first one of the trust regions.
+    - `held`: `(w, more) -> (p,)`, `rows_held` = p equations that hold exactly. Then x is a pair
+      `(data, more)`, and y the coefficients with p multipliers behind them: F is that of the KKT
+      system.
     """
 
     residuals: Any
@@ -48,8 +57,16 @@ class InLanes(eqx.Module):
     solver: BatchedLevenbergMarquardt = eqx.field(default_factory=BatchedLevenbergMarquardt)
     hessian: Hessian = eqx.field(static=True, default="exact")
     max_products: int = 100
+    held: Any = None
+    rows_held: int = eqx.field(static=True, default=0)
+    radius: Any = None
 
     def __check_init__(self):
+        if self.held is not None and (self.bounds is not None or self.hessian != "exact"):
+            raise ValueError(
+                f"held rows with bounds {self.bounds!r} and hessian={self.hessian!r}: they go with "
+                "hessian='exact', and without bounds."
+            )
         if self.hessian not in get_args(Hessian):
             raise ValueError(f"hessian is {self.hessian!r}: use one of {get_args(Hessian)}.")
 
@@ -68,10 +85,16 @@ class InLanes(eqx.Module):
         del at, carry
 
     def potential(self, w: Float[Array, "k n"], data: PyTree) -> Scalar:
-        """The sum of all lanes, whose gradient in w is F."""
+        """The sum of all lanes, whose gradient in w is F: with held rows the Lagrangian."""
+        tied = jnp.zeros((), w.dtype)
+        if self.held is not None:
+            data, more = data
+            n = w.shape[1] - self.rows_held
+            w, multipliers = w[:, :n], w[:, n:]
+            tied = jnp.sum(multipliers * jax.vmap(self.held)(w, more))
         rows = jax.vmap(structured(self.residuals))(w, data)
         ridge = jnp.broadcast_to(jnp.asarray(self.ridge, w.dtype), w.shape[:1])
-        return 0.5 * jnp.sum(rows * rows) + 0.5 * jnp.sum(ridge[:, None] * w * w)
+        return 0.5 * jnp.sum(rows * rows) + 0.5 * jnp.sum(ridge[:, None] * w * w) + tied
 
     def solve_state(
         self, at: Fixed, known: None, y: Vector, tolerance: Array, effort: ArrayLike = jnp.inf
@@ -80,14 +103,26 @@ class InLanes(eqx.Module):
         del known, effort
         w = y.reshape(at.problem.y0.shape)
         options = {"tolerance": tolerance, "ridge": self.ridge, "bounds": self.bounds}
-        found = self.solver(self.residuals, w, at.x, **options)
+        options["radius"] = self.radius
+        if self.held is None:
+            found = self.solver(self.residuals, w, at.x, **options)
+            y = found.w.ravel()
+        else:
+            data, more = at.x
+            n = w.shape[1] - self.rows_held
+            # The minimizer without the equations is near the one with them.
+            found = self.solver(self.residuals, w[:, :n], data, **options)
+            found, multipliers = hold(
+                structured(self.residuals), self.held, found, data, more, self.ridge, tolerance
+            )
+            y = jnp.concatenate([found.w, multipliers], axis=1).ravel()
         zero = jnp.zeros((), y.dtype)
         status = PointStatus.ok
         for kind in (PointStatus.floor, PointStatus.inaccurate, PointStatus.failed):
             status = PointStatus.where(jnp.any(found.status == kind), kind, status)
         work = Work(lower_gradients=jnp.sum(found.evaluations))
         error = jnp.linalg.norm(found.error)
-        return Solved(found.w.ravel(), 0 * y, error, zero, work, status, {}, lanes=found)
+        return Solved(y, 0 * y, error, zero, work, status, {}, lanes=found)
 
     def solve_transpose(
         self, at: Fixed, known: None, y: Vector, b: Vector, tolerance: Array
@@ -96,6 +131,13 @@ class InLanes(eqx.Module):
         del known
         shape = at.problem.y0.shape
         w = y.reshape(shape)
+        if self.held is not None:
+            fun, b = structured(self.residuals), b.reshape(shape)
+            data, more = at.x
+            solve = solve_held(fun, self.held, w, data, more, b, self.ridge, self.rows_held)
+            return LaneAdjoint(
+                solve.x.ravel(), solve.residual.ravel(), solve.error, solve.products, solve.failed
+            )
         solve = solve_hessian(
             structured(self.residuals),
             w,
@@ -129,6 +171,8 @@ def batched_least_squares(
     hessian: Hessian = "exact",
     max_products: int = 100,
     report: BackwardReport | None = None,
+    radius: Lane | None = None,
+    held: tuple[Any, PyTree] | None = None,
 ) -> LeastSquaresResult:
     """Minimize `|r(w_k, data_k)|^2 / 2 + ridge |w_k|^2 / 2` in every lane k, differentiably.
 
@@ -141,6 +185,10 @@ def batched_least_squares(
       `"gauss-newton"`: without the sum, wrong by as much as the residuals do not vanish; `"cg"`:
       conjugate gradients on the exact one to `adjoint_tolerance` in the energy norm, or until
       `max_products`. Variables at a bound stay there.
+    - `radius`: the first radius of each trust region, for instance that of an earlier answer.
+    - `held`: a pair `(fun, more)`: equations `fun(w, more_k) = 0` that hold exactly in each lane,
+      whatever the residuals, through the KKT system of the lane; `fun` returns shape `(p,)`, and
+      leaves of `more` have a leading axis of lanes. Not with bounds, and with the exact Hessian.
     - `report`: `BackwardReport.blank(lanes)`; its gradient says how the backward solve went in
       each lane: the residual of the exact equation whichever `hessian` was used, and `failed`
       where the lane's part of the gradient was set to 0.
@@ -161,12 +209,27 @@ def batched_least_squares(
         solver or BatchedLevenbergMarquardt(),
         hessian,
         max_products,
+        held=None if held is None else held[0],
+        radius=None if radius is None else jax.lax.stop_gradient(radius),
     )
-    problem = Implicit(_no_cost, w, potential=norm.potential, norm=norm)
+    y0, n = w, w.shape[1]
+    if held is not None:
+        check_lanes(w, (data, held[1]))
+        one = jax.eval_shape(jax.vmap(held[0]), w, held[1])
+        if one.ndim != 2 or not 0 < one.shape[1] < n:
+            raise ValueError(
+                f"held returned shape {one.shape[1:]} for {n} unknowns: give a vector of 1 to "
+                f"{n - 1} equations."
+            )
+        count = one.shape[1]
+        norm = dataclasses.replace(norm, rows_held=count)
+        y0 = jnp.concatenate([w, jnp.zeros((w.shape[0], count), w.dtype)], axis=1)
+        data = (data, held[1])
+    problem = Implicit(_no_cost, y0, potential=norm.potential, norm=norm)
     accuracy = Accuracy(tolerance, adjoint_tolerance)
     found, solved = problem.solution_and_report(data, accuracy, report)
     rest = jax.tree.map(jax.lax.stop_gradient, solved.lanes)
-    return eqx.tree_at(lambda lanes: lanes.w, rest, found)
+    return eqx.tree_at(lambda lanes: lanes.w, rest, found[:, :n])
 
 
 def _no_cost(w: PyTree, data: PyTree) -> Scalar:

@@ -1,0 +1,148 @@
+"""Least squares in lanes under equations that hold exactly: steps and adjoints of KKT systems."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, PyTree
+
+from tolerax.inner.lane_adjoint import LaneSolve
+from tolerax.inner.levenberg_marquardt import LeastSquaresResult
+from tolerax.inner.residuals import Structured
+from tolerax.inner.rows import gram, transposed
+from tolerax.status import PointStatus
+
+Lane = Float[Array, " k"]
+Rows = Float[Array, "k n"]
+STEPS = 20
+
+
+def hold(
+    fun: Structured,
+    held: Callable,
+    found: LeastSquaresResult,
+    data: PyTree,
+    more: PyTree,
+    ridge: ArrayLike,
+    tolerance: ArrayLike,
+) -> tuple[LeastSquaresResult, Float[Array, "k p"]]:
+    """From the minimizers without the equations `held(w, more) = 0` to those with them, and their
+    multipliers, by Newton's method on the KKT system (Nocedal, Wright, *Numerical Optimization*,
+    section 18.1).
+
+    Each lane goes on until the step is at most `tolerance` in the energy norm and the equations
+    hold to rounding, or no longer get better; at most 20 steps. Lanes whose equations do not hold
+    to 1e-9 then have the status `inaccurate`.
+    """
+    ridge = jnp.broadcast_to(jnp.asarray(ridge, found.w.dtype), found.cost.shape)
+    eps = jnp.finfo(found.w.dtype).eps
+
+    def lane(w: Array, data: PyTree, more: PyTree, ridge: Array, failed: Array) -> tuple:
+        first = jnp.zeros_like(held(w, more))
+
+        def unfinished(state: tuple) -> Array:
+            _, _, size, length, before, step = state
+            fine = (size <= 10 * eps) & (length <= tolerance)
+            # Rounding keeps both from falling for ever.
+            stuck = (step > 2) & (size >= 0.5 * before) & (size <= 1e-9) & (length <= tolerance)
+            return ~(fine | stuck | failed) & (step < STEPS)
+
+        def newton(state: tuple) -> tuple:
+            w, multipliers, size, _, _, step = state
+            H, g, c, A = _system(fun, held, w, multipliers, data, more, ridge)
+            matrix = jnp.block([[H, A.T], [A, jnp.zeros((len(c), len(c)), w.dtype)]])
+            change = _solve(matrix, -jnp.concatenate([g, c]))
+            p = change[: len(w)]
+            length = jnp.sqrt(jnp.maximum(p @ H @ p, 0))
+            w = w + p
+            now = jnp.max(jnp.abs(held(w, more)))
+            return w, change[len(w) :], now, length, size, step + 1
+
+        inf = jnp.array(jnp.inf, w.dtype)
+        start = (w, first, inf, inf, inf, 0)
+        return jax.lax.while_loop(unfinished, newton, start)[:4]
+
+    failed = jax.vmap(lambda s: s == PointStatus.failed)(found.status)
+    w, multipliers, size, length = jax.lax.map(
+        lambda args: lane(*args), (found.w, data, more, ridge, failed)
+    )
+    fine = jnp.all(jnp.isfinite(w), axis=1) & jnp.all(jnp.isfinite(multipliers), axis=1) & ~failed
+    w = jnp.where(fine[:, None], w, found.w)
+    multipliers = jnp.where(fine[:, None], multipliers, 0)
+    rows = jax.vmap(fun)(w, data)
+    cost = 0.5 * jnp.sum(rows * rows, axis=1) + 0.5 * ridge * jnp.sum(w * w, axis=1)
+
+    def status(old: Any, fine: Array, size: Array, length: Array) -> Any:
+        bad = (size > 1e-9) | (length > tolerance)
+        new = PointStatus.where(bad, PointStatus.inaccurate, PointStatus.ok)
+        new = PointStatus.where(fine, new, PointStatus.inaccurate)
+        return PointStatus.where(old == PointStatus.failed, old, new)
+
+    answer = dataclasses.replace(
+        found,
+        w=w,
+        cost=cost,
+        error=jnp.where(failed, found.error, length),
+        status=jax.vmap(status)(found.status, fine, size, length),
+    )
+    return answer, multipliers
+
+
+def solve_held(
+    fun: Structured,
+    held: Callable,
+    y: Rows,
+    data: PyTree,
+    more: PyTree,
+    b: Rows,
+    ridge: ArrayLike,
+    rows_held: int,
+) -> LaneSolve:
+    """Solve with the KKT matrices at y = (w, multipliers): the Hessian of the Lagrangian, and the
+    derivatives of the equations beside and below it."""
+    ridge = jnp.broadcast_to(jnp.asarray(ridge, y.dtype), y.shape[:1])
+
+    def lane(y: Array, data: PyTree, more: PyTree, b: Array, ridge: Array) -> tuple:
+        n = y.size - rows_held
+        H, _, c, A = _system(fun, held, y[:n], y[n:], data, more, ridge)
+        matrix = jnp.block([[H, A.T], [A, jnp.zeros((len(c), len(c)), y.dtype)]])
+        q = _solve(matrix, b)
+        rest = b - matrix @ q
+        return q, rest, jnp.sqrt(jnp.abs(jnp.vdot(rest, _solve(matrix, rest))))
+
+    q, rest, error = jax.lax.map(lambda args: lane(*args), (y, data, more, b, ridge))
+    failed = ~jnp.all(jnp.isfinite(q) & jnp.isfinite(rest), axis=1)
+    failed = failed | (jnp.linalg.norm(rest, axis=1) > 1e-3 * jnp.linalg.norm(b, axis=1))
+    products = jnp.zeros(y.shape[0], jnp.result_type(int))
+    return LaneSolve(jnp.where(failed[:, None], 0, q), rest, error, failed, products)
+
+
+def _solve(matrix: Array, b: Array) -> Array:
+    """By LU with rows and columns of length about 1, and one step of refinement."""
+    size = jnp.sqrt(jnp.max(jnp.abs(matrix), axis=1))
+    scale = 1 / jnp.where(size > 0, size, 1)
+    unit = matrix * scale[:, None] * scale[None, :]
+    factors = jax.scipy.linalg.lu_factor(unit)
+    solve = lambda b: scale * jax.scipy.linalg.lu_solve(factors, scale * b)  # noqa: E731
+    x = solve(b)
+    return x + solve(b - matrix @ x)
+
+
+def _system(
+    fun: Structured,
+    held: Callable,
+    w: Array,
+    multipliers: Array,
+    data: PyTree,
+    more: PyTree,
+    ridge: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """Hessian of the Lagrangian in w, gradient of the cost, the equations and their derivatives."""
+    r, J = fun.with_jacobian(w, data)
+    one = jax.tree.map(lambda leaf: leaf[None], J)
+    H = gram(one)[0] + ridge * jnp.eye(len(w), dtype=w.dtype) + fun.curvature(w, data, r)
+    H = H + jax.hessian(lambda w: jnp.vdot(multipliers, held(w, more)))(w)
+    g = transposed(one, r[None])[0] + ridge * w
+    return H, g, held(w, more), jax.jacrev(lambda w: held(w, more))(w)

@@ -1,0 +1,162 @@
+"""Routers: which expert answers for which points of a regular grid."""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import ArrayLike, Float, Int, PRNGKeyArray
+
+
+class Router(eqx.Module):
+    """A partition of unity on a regular grid: expert k has the weight `weights[k]` at each point,
+    and answers for the points where it is positive.
+
+    - `weights`: shape `(experts, *grid)`, not negative; at each point they sum to 1.
+    - `faces`: for each pair of neighbours the points on both sides of the face between them, as
+      indices into the flat grid; `pairs` says which two. A router without faces has none to tie.
+
+    [`Boxes`][] and [`RandomAssignment`][] make the usual ones.
+
+    >>> import numpy as np
+    >>> ramp = np.linspace(0, 1, 5)
+    >>> router = Router(np.stack([ramp, 1 - ramp]))
+    >>> router.experts, router.counts
+    (2, (4, 4))
+    """
+
+    weights: Float[np.ndarray, "experts *grid"]
+    pairs: tuple[tuple[int, int], ...] = eqx.field(static=True, default=())
+    faces: tuple[Int[np.ndarray, " f"], ...] = ()
+
+    def __init__(self, weights: ArrayLike):
+        self.weights = _partition(np.asarray(weights, float))
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return self.weights.shape[0]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Points along every axis."""
+        return self.weights.shape[1:]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many points each expert answers for."""
+        return tuple(int(n) for n in np.sum(self.weights.reshape(self.experts, -1) > 0, axis=1))
+
+    def members(self, leave_out: np.ndarray | None = None) -> list[Int[np.ndarray, " p"]]:
+        """The points of every expert, as indices into the flat grid."""
+        inside = self.weights.reshape(self.experts, -1) > 0
+        if leave_out is not None:
+            inside = inside & ~np.asarray(leave_out, bool).ravel()[None]
+        return [np.flatnonzero(row) for row in inside]
+
+
+class Boxes(Router):
+    """Boxes side by side, `parts` of them along each axis of the grid; sizes differ by one point
+    where the parts do not divide the points.
+
+    - `overlap`: by how many points each box reaches into its neighbours. There the weights blend,
+      so that the field has no jumps and no face is left to tie.
+
+    >>> boxes = Boxes((10, 4), (3, 1))
+    >>> boxes.experts, boxes.counts, boxes.pairs
+    (3, (16, 12, 12), ((0, 1), (1, 2)))
+    >>> Boxes((10, 4), (3, 1), overlap=1).counts
+    (20, 20, 16)
+    """
+
+    def __init__(self, grid: Sequence[int], parts: Sequence[int], *, overlap: int = 0):
+        grid, parts = tuple(grid), tuple(parts)
+        if len(grid) != len(parts) or not grid:
+            raise ValueError(f"parts is {parts}: give one number for each axis of the grid {grid}.")
+        if any(p < 1 for p in parts):
+            raise ValueError(f"parts is {parts}: give at least 1 along each axis.")
+        if any(p > n for n, p in zip(grid, parts, strict=True)):
+            raise ValueError(
+                f"parts is {parts} on the grid {grid}: some boxes would be empty. Give at most as "
+                "many parts as points along each axis."
+            )
+        if overlap < 0:
+            raise ValueError(f"overlap is {overlap}: it must not be negative.")
+        weights = np.ones((1, *[1] * len(grid)))
+        for axis, (n, p) in enumerate(zip(grid, parts, strict=True)):
+            shape = [1] * len(grid)
+            shape[axis] = n
+            hats = _hats(n, p, overlap).reshape(p, *shape)
+            weights = (weights[:, None] * hats[None]).reshape(
+                -1, *np.broadcast_shapes(weights.shape[1:], hats.shape[1:])
+            )
+        self.weights = _partition(weights)
+        if not overlap:
+            self.pairs, self.faces = _faces(np.argmax(self.weights, axis=0))
+
+
+class RandomAssignment(Router):
+    """Every point belongs to an expert that is drawn at random: the control that tells what a
+    partition into neighbourhoods is worth.
+
+    >>> import jax
+    >>> RandomAssignment((10, 4), 3, key=jax.random.key(0)).counts
+    (14, 13, 13)
+    """
+
+    def __init__(self, grid: Sequence[int], experts: int, *, key: PRNGKeyArray):
+        size = int(np.prod(grid))
+        if not 1 <= experts <= size:
+            raise ValueError(f"experts is {experts}: give at least 1, at most {size} points.")
+        order = np.asarray(jax.random.permutation(key, size))
+        owner = np.empty(size, int)
+        owner[order] = np.arange(size) % experts
+        weights = (owner[None] == np.arange(experts)[:, None]).reshape(experts, *grid)
+        self.weights = _partition(weights.astype(float))
+
+
+def _partition(weights: np.ndarray) -> np.ndarray:
+    """The weights, if they are a partition of unity without empty parts."""
+    if weights.ndim < 2:
+        raise ValueError(f"weights has shape {weights.shape}: give (experts, *grid).")
+    if not np.all(weights >= 0) or not np.allclose(weights.sum(axis=0), 1, atol=1e-6):
+        raise ValueError(
+            "weights are no partition of unity: they must not be negative, and sum to 1 over the "
+            "experts at every point."
+        )
+    empty = [k for k, part in enumerate(weights) if not np.any(part > 0)]
+    if empty:
+        raise ValueError(f"experts {empty} have no points: leave them out.")
+    return weights
+
+
+def _hats(n: int, parts: int, overlap: int) -> np.ndarray:
+    """Weights of the parts along one axis, shape (parts, n)."""
+    first = [int(piece[0]) for piece in np.array_split(np.arange(n), parts)]
+    at = np.arange(n) + 0.5
+    rises = [np.ones(n)]
+    for start in first[1:]:
+        # From 0 to 1 over the points that both sides have.
+        share = (at - start) / (2 * overlap) + 0.5 if overlap else (at > start).astype(float)
+        s = np.clip(share, 0, 1)
+        rises.append(s * s * (3 - 2 * s))
+    later = [*rises[1:], np.zeros(n)]
+    hats = [here * (1 - after) for here, after in zip(rises, later, strict=True)]
+    total = np.sum(hats, axis=0)
+    return np.stack(hats) / total
+
+
+def _faces(owner: np.ndarray) -> tuple[tuple[tuple[int, int], ...], tuple[np.ndarray, ...]]:
+    """Pairs of neighbours and, for each, the points on both sides of their face."""
+    index = np.arange(owner.size).reshape(owner.shape)
+    found: dict[tuple[int, int], set[int]] = {}
+    for axis in range(owner.ndim):
+        low = [np.take(a, np.arange(a.shape[axis] - 1), axis) for a in (owner, index)]
+        high = [np.take(a, np.arange(1, a.shape[axis]), axis) for a in (owner, index)]
+        differ = low[0] != high[0]
+        for a, b, i, j in zip(
+            *(part[differ] for part in (low[0], high[0], low[1], high[1])), strict=True
+        ):
+            found.setdefault((int(a), int(b)), set()).update((int(i), int(j)))
+    pairs = tuple(sorted(found))
+    return pairs, tuple(np.array(sorted(found[pair])) for pair in pairs)
