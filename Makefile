@@ -11,7 +11,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 SMALL  := MPLBACKEND=Agg TOLERAX_EXAMPLE_SIZE=small
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup examples lint format types docs bench build clean
+.PHONY: help demo test setup examples guide lint format types docs bench build clean
 
 help:            ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -25,7 +25,11 @@ test: $(VENV)/with-dev             ## run the tests and the examples in the docs
 setup: $(VENV)/with-dev            ## only set up the environment, with everything for development
 
 examples: $(VENV)/with-dev         ## run every script of examples/ at small size, and the guide
-	$(BIN)/python -m pytest -m example tests/test_examples.py tests/test_guide.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m example tests/test_examples.py tests/test_guide.py $(PYTEST_ARGS) \
+	  --dist worksteal
+
+guide: $(VENV)/with-dev            ## run the Python of the guide's pages: it prints what they show
+	$(BIN)/python -m pytest -m example tests/test_guide.py $(PYTEST_ARGS) --dist worksteal
 
 lint: $(VENV)/with-dev             ## ruff: rules and format
 	$(BIN)/ruff check .

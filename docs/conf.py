@@ -63,6 +63,8 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": r"/plot_",
     "within_subsection_order": "gallery_order.MainFirst",
+    # Scripts at a time, in processes of their own: most of their time is compilation.
+    "parallel": min(os.cpu_count() or 1, 4),
     "capture_repr": (),
     "image_srcset": ["2x"],
     "thumbnail_size": (480, 320),

@@ -19,6 +19,8 @@ def test_example_runs(script: Path, tmp_path: Path):
         "MPLBACKEND": "Agg",
         "PYTHONPATH": str(ROOT),
         "TOLERAX_EXAMPLE_SIZE": "small",
+        # Compiled as users' code is, not as tests are: see conftest.py.
+        "XLA_FLAGS": "",
     }
     # Run elsewhere, so that a script that reads or leaves files in the checkout is noticed.
     done = subprocess.run(

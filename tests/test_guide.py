@@ -62,7 +62,7 @@ def test_page_runs(page: Path, tmp_path: Path):
         [sys.executable, "-c", RUNNER],
         input=json.dumps([str(page), blocks]),
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
     )
