@@ -22,7 +22,7 @@ PLAIN_CODE = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitter
 
 
 def ask_for_plain_code() -> None:
-    """Set XLA_FLAGS, before the first compilation reads them and for the processes that tests start.
+    """Set XLA_FLAGS before the first compilation reads them, and for the processes of tests.
 
     XLA ends the process at a flag it does not know, and flags go with its versions: only those
     whose names are in its library are set.

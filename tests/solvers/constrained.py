@@ -7,6 +7,7 @@ depend on all others, which a solver has to bear.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import equinox as eqx
@@ -300,6 +301,19 @@ def problem(name):
         constraint_bounds=tuple(jnp.asarray(padded(side, M, 0.0)) for side in case.of_c),
     )
     return objective, jnp.asarray(padded(case.start, N, 0.0))
+
+
+@functools.cache
+def alone(name):
+    """The case without the others, which compiles in a moment, and its start."""
+    case = CASES[name]
+    objective = tolerax.Objective(
+        case.fun,
+        bounds=tuple(jnp.broadcast_to(jnp.asarray(side), len(case.start)) for side in case.of_x),
+        constraints=lambda x: jnp.stack(case.cons(x)),
+        constraint_bounds=tuple(jnp.asarray(side) for side in case.of_c),
+    )
+    return objective, jnp.asarray(case.start)
 
 
 @jax.jit
