@@ -5,6 +5,8 @@ VENV   ?= .venv
 PYTEST_ARGS ?= -n logical --maxprocesses 8 --dist loadfile
 
 BIN    := $(VENV)/bin
+# The workers share the cores already: threads of OpenBLAS only wait for each other.
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 # Docs, examples and tests run much of the same code: what one has compiled the others read.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
@@ -20,16 +22,16 @@ demo: $(VENV)/with-examples        ## learn a TV denoiser from pictures, save be
 	$(BIN)/python examples/plot_tv_denoising.py --save demo.png
 
 test: $(VENV)/with-dev             ## run the tests and the examples in the docstrings
-	$(BIN)/python -m pytest -m "not example" $(PYTEST_ARGS)
+	$(PYTEST) -m "not example" $(PYTEST_ARGS)
 
 setup: $(VENV)/with-dev            ## only set up the environment, with everything for development
 
 examples: $(VENV)/with-dev         ## run every script of examples/ at small size, and the guide
-	$(BIN)/python -m pytest -m example tests/test_examples.py tests/test_guide.py $(PYTEST_ARGS) \
+	$(PYTEST) -m example tests/test_examples.py tests/test_guide.py $(PYTEST_ARGS) \
 	  --dist worksteal
 
 guide: $(VENV)/with-dev            ## run the Python of the guide's pages: it prints what they show
-	$(BIN)/python -m pytest -m example tests/test_guide.py $(PYTEST_ARGS) --dist worksteal
+	$(PYTEST) -m example tests/test_guide.py $(PYTEST_ARGS) --dist worksteal
 
 lint: $(VENV)/with-dev             ## ruff: rules and format
 	$(BIN)/ruff check .
