@@ -25,10 +25,15 @@ from tolerax.solution import Best, History, Run, empty_history
 from tolerax.status import PointStatus, Status, is_failed, is_success
 from tolerax.validation import bounds_like
 
-MAX_HISTORY = 4096
+MIN_HISTORY, MAX_HISTORY = 64, 4096
 
 
-@eqx.filter_jit
+def room(rows: int) -> int:
+    """The size of the buffers of the history: a power of two, so that runs of similar length share
+    their compilation."""
+    return min(max(MIN_HISTORY, 1 << (rows - 1).bit_length()), MAX_HISTORY)
+
+
 def begin(
     problem: Problem,
     solver: Solver,
@@ -36,6 +41,21 @@ def begin(
     bounds: tuple[PyTree, PyTree] | None,
     key: PRNGKeyArray,
     max_steps: int,
+) -> Run:
+    """The run before its first question, with a history for `max_steps` answers."""
+    size = room(max_steps + 1)
+    return _begin(problem, solver, x0, bounds, key, size, -(-(max_steps + 1) // size))
+
+
+@eqx.filter_jit
+def _begin(
+    problem: Problem,
+    solver: Solver,
+    x0: PyTree,
+    bounds: tuple[PyTree, PyTree] | None,
+    key: PRNGKeyArray,
+    size: int,
+    stride: int,
 ) -> Run:
     carry = problem.cold_start()
 
@@ -61,8 +81,7 @@ def begin(
             evaluated, problem, first
         )  # a problem that cannot give what is asked says so before it is called
     best = Best(x0, inf, inf, gradient, inf, inf, inf, carry)
-    size = min(max_steps + 1, MAX_HISTORY)
-    history = empty_history(size, -(-(max_steps + 1) // size), dtype, solver.record(state))
+    history = empty_history(size, stride, dtype, solver.record(state))
     zero = jnp.array(0, jnp.result_type(int))
     finite = tree_all_finite(x0)
     status = Status.where(finite, Status.running, Status.non_finite_start)
@@ -83,7 +102,7 @@ def extended(run: Run, rows: int) -> Run:
     one long run would have."""
     history = run.history
     size = history.value.shape[0]
-    need = min(-(-(int(run.step) + rows + 1) // history.stride), MAX_HISTORY)
+    need = room(-(-(int(run.step) + rows + 1) // history.stride))
     if need <= size:
         return run
 
