@@ -27,6 +27,7 @@ from tolerax.problems import TimeDependent as TimeDependent
 from tolerax.problems import Workers as Workers
 from tolerax.problems import batched_least_squares as batched_least_squares
 from tolerax.problems import proved as proved
+from tolerax.restarts import solve_with_restarts as solve_with_restarts
 from tolerax.solution import Solution as Solution
 from tolerax.solvers import CBO as CBO
 from tolerax.solvers import CDSM as CDSM

@@ -430,6 +430,12 @@ class Solver(eqx.Module):
         place of the solver there."""
         return self
 
+    def larger(self, factor: int) -> "Solver":
+        """This solver with a population so many times as large, for a restart; the solver itself
+        where it has none."""
+        del factor
+        return self
+
     @property
     def honours_bounds(self) -> bool:
         """Whether every point that `ask` returns lies within the bounds."""

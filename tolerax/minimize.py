@@ -31,6 +31,7 @@ from tolerax._scipy import (
 )
 from tolerax.contracts import Accuracy, Evaluation, Problem, Query, Solver, Start, State, Work
 from tolerax.driver import solve
+from tolerax.restarts import solve_with_restarts
 from tolerax.solution import Solution, Step
 from tolerax.solvers.attack import DirectionalAttack
 from tolerax.solvers.augmented_lagrangian import ExactAugmentedLagrangian
@@ -96,6 +97,7 @@ RUN_OPTIONS = (
     "maxiter",
     "on_error",
     "progress",
+    "restarts",
 )
 
 
@@ -146,7 +148,8 @@ def minimize(
       `StopIteration` stops: `status` is then 99 and `success` false.
     - `options`: fields of the solver (`memory`, `rtol`, `atol`, ...); `maxiter` (iterations),
       `maxfun` or `maxfev` (calls of `fun`, those for differences included, checked between
-      answers); `max_steps`, `max_work`, `max_seconds`, `progress`, `checkpoint`, `executor` and
+      answers); `restarts` (further runs of a population method, each twice as large, see
+      [`solve_with_restarts`][]; `maxiter` then counts in each run); `max_steps`, `max_work`, `max_seconds`, `progress`, `checkpoint`, `executor` and
       `key` as in `solve`; `on_error` as in `Objective`; `disp=True` shows a progress bar.
 
     **Returns:** a `scipy.optimize.OptimizeResult` with `x`, `success`, `status` (0 for success),
@@ -291,7 +294,11 @@ def _run(
     if callback is not None:
         options["callback"] = _Callback(callback, bounded)
     steps = max(enough) if steps is None else steps
-    solution = solve(problem, bounded, x, max_steps=steps, **options)
+    restarts = options.pop("restarts", 0)
+    if restarts:
+        options["restarts"] = restarts
+    run = solve_with_restarts if restarts else solve
+    solution = run(problem, bounded, x, max_steps=steps, **options)
     if bounded is not solver:
         # The caller continues with the plain solver.
         own = lambda s: s.state.solver_state  # noqa: E731
@@ -335,6 +342,10 @@ class AtMost(Solver):
 
     def by_gradients(self) -> Solver:
         return AtMost(self.solver.by_gradients(), self.limit)
+
+    def larger(self, factor: int) -> Solver:
+        larger = self.solver.larger(factor)
+        return self if larger is self.solver else AtMost(larger, self.limit)
 
     @property
     def feasibility(self) -> ArrayLike:

@@ -6,8 +6,6 @@ from tolerax.solvers.augmented_lagrangian import (
     ExactAugmentedLagrangian as ExactAugmentedLagrangian,
 )
 from tolerax.solvers.cbo import CBO as CBO
-from tolerax.solvers.cbo import Sphere as Sphere
-from tolerax.solvers.cbo import Stiefel as Stiefel
 from tolerax.solvers.cdsm import CDSM as CDSM
 from tolerax.solvers.consensus import Anisotropic as Anisotropic
 from tolerax.solvers.consensus import Covariance as Covariance
@@ -24,6 +22,11 @@ from tolerax.solvers.hopping import ConsensusHopping as ConsensusHopping
 from tolerax.solvers.kalman import EnsembleKalmanInversion as EnsembleKalmanInversion
 from tolerax.solvers.line_search import InexactLineSearch as InexactLineSearch
 from tolerax.solvers.maid import MAID as MAID
+from tolerax.solvers.manifolds import Ball as Ball
+from tolerax.solvers.manifolds import MirrorMap as MirrorMap
+from tolerax.solvers.manifolds import Simplex as Simplex
+from tolerax.solvers.manifolds import Sphere as Sphere
+from tolerax.solvers.manifolds import Stiefel as Stiefel
 from tolerax.solvers.model_trust_region import ModelTrustRegion as ModelTrustRegion
 from tolerax.solvers.newton import InexactNewton as InexactNewton
 from tolerax.solvers.sampling import ConsensusSampling as ConsensusSampling

@@ -1,5 +1,6 @@
 """What solvers that ask for values at many points share: flat ensembles, energies, probes."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from tolerax.contracts import Accuracy, Evaluation, Query, Start
+from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.particles import normal
 from tolerax.solvers._common import Box
 from tolerax.status import PointStatus
@@ -44,6 +45,15 @@ class Ensemble(eqx.Module):
         return jnp.atleast_2d(jnp.cov(self.x.T))
 
 
+class Population(Solver):
+    """A solver with a number of particles."""
+
+    particles: eqx.AbstractVar[int]
+
+    def larger(self, factor: int) -> Solver:
+        return dataclasses.replace(self, particles=factor * self.particles)
+
+
 def first_ensemble(
     start: Start, box: Box, particles: int, spread: PyTree, ensemble: PyTree, key: PRNGKeyArray
 ) -> Positions:
@@ -70,14 +80,17 @@ def flat(points: PyTree) -> Positions:
     return jax.vmap(lambda point: ravel_pytree(point)[0])(points)
 
 
-def batch_query(x: Positions, box: Box, accuracy: Accuracy) -> Query:
+def batch_query(
+    x: Positions, box: Box, accuracy: Accuracy, derivatives: int = 0, sharding: Any = None
+) -> Query:
     """A question for the values at all rows of x."""
     each = lambda t: jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])  # noqa: E731
     return Query(
         jax.vmap(box.unravel)(x),
         Accuracy(each(accuracy.state), each(accuracy.adjoint)),
         mask=jnp.ones(x.shape[0], bool),
-        derivatives=0,
+        derivatives=derivatives,
+        sharding=sharding,
     )
 
 

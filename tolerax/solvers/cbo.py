@@ -11,18 +11,35 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
+from tolerax.contracts import Accuracy, Evaluation, Query, Start
 from tolerax.inner.noise import fold_in, normal, uniform
 from tolerax.inner.particles import blocks_of, distributed, replicated, total, when
 from tolerax.solvers._common import Box, select
-from tolerax.solvers.consensus import Agreement, Anisotropic, Consensus, HardMinimum, Noise
+from tolerax.solvers._population import (
+    Population,
+    batch_query,
+    check_count,
+    check_positive,
+    first_ensemble,
+    flat,
+    probe_lengths,
+    scale_like,
+)
+from tolerax.solvers.consensus import (
+    Agreement,
+    Anisotropic,
+    Consensus,
+    Covariance,
+    HardMinimum,
+    Noise,
+)
+from tolerax.solvers.manifolds import MirrorMap
 from tolerax.status import PointStatus, Status
 from tolerax.validation import is_concrete
 
 Positions = Float[Array, "n d"]
-PROBE_LADDER = 12.0  # halvings from the spread of the start down to the smallest probe
 MOST_PROBES = 256
 
 
@@ -44,12 +61,13 @@ class CBOState(eqx.Module):
     agreeing: Int[Array, ""]
     key: PRNGKeyArray
     box: Box
+    limits: tuple[Float[Array, " m"], Float[Array, " m"]] | None
     probing: Bool[Array, ""]
     done: Bool[Array, ""]
     status: Any
 
 
-class CBO(Solver):
+class CBO(Population):
     """Consensus-based optimization: global minimization by values at N particles a step.
 
     In every step the particles agree on a point m (see `consensus`) and move by
@@ -76,6 +94,12 @@ class CBO(Solver):
     - `gradient`: drift along the negative gradient, with this rate times dt; asks for gradients.
     - `retract`: maps every particle back to a set, for instance [`Sphere`][]; called with the point
       as a pytree like x.
+    - `mirror`: the particles stay on the image of this [`MirrorMap`][], for instance [`Simplex`][]:
+      they are moved in its dual space, where `spread` counts too. Not together with `retract`,
+      bounds or [`Covariance`][].
+    - `constraint_drift`: drift towards where the constraints hold, with this rate times dt, by an
+      implicit step on half the sum of their squared violations; asks for their derivatives. A step
+      along equality constraints is free, one away from them is shortened. 100 is a good rate.
     - `penalty`: weight of the `violation` of a point in its energy `value + penalty * violation`;
       grows by half in every step in which the best particle violates more than `feasible_within`.
     - `patience`: steps of agreement before the run may end; until then jumps go on looking for a
@@ -86,7 +110,10 @@ class CBO(Solver):
       are evaluated and summed in 64 blocks, so that the number of devices decides nothing.
 
     Source: Pinnau, Totzeck, Tse, Martin (*M3AS* 27, 2017); Carrillo, Jin, Li, Zhu (*ESAIM: COCV*
-    27, 2021); memory: Riedl (arXiv 2211.12184).
+    27, 2021); memory: Riedl (arXiv 2211.12184); mirror maps: Bungert, Hoffmann, Kim, Roith
+    (arXiv 2501.12189), here with the drift in the dual space as well; drift to constraints:
+    Carrillo, Jin, Zhang, Zhu (arXiv 2405.00891), here with a Gauss-Newton matrix in the place of
+    second derivatives of the constraints.
 
     >>> import jax.numpy as jnp, tolerax
     >>> rastrigin = lambda x: jnp.mean(x**2 - 10 * jnp.cos(2 * jnp.pi * x) + 10)
@@ -107,6 +134,8 @@ class CBO(Solver):
     memory: float | None = None
     gradient: float | None = None
     retract: Callable[[PyTree], PyTree] | None = None
+    mirror: MirrorMap | None = None
+    constraint_drift: float | None = None
     penalty: float = 1.0
     feasible_within: float = 1e-6
     tol: float = 1e-4
@@ -115,18 +144,24 @@ class CBO(Solver):
     sharding: NamedSharding | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        if not isinstance(self.particles, int) or self.particles < 2:
-            raise ValueError(f"particles is {self.particles!r}: give an integer of at least 2.")
+        check_count(self.particles)
+        check_positive(self, "drift", "dt", "penalty", "tol")
         if self.batch is not None and not 0 < self.batch <= self.particles:
             raise ValueError(f"batch is {self.batch!r}: give 1 to {self.particles} particles.")
         for leaf in jax.tree.leaves(self.ensemble):
             if is_concrete(leaf) and not np.isfinite(np.asarray(leaf)).all():
                 raise ValueError("ensemble has entries that are not finite: leave them out.")
-        for name in ("drift", "dt", "penalty", "tol"):
+        for name in ("memory", "gradient", "constraint_drift"):
             value = getattr(self, name)
-            if not isinstance(value, jax.Array) and not value > 0:
-                raise ValueError(f"{name} is {value}: it must be positive.")
-
+            if value is not None and not isinstance(value, jax.Array) and not value > 0:
+                raise ValueError(f"{name} is {value}: it must be positive, or None for none.")
+        if self.mirror is not None and (
+            self.retract is not None or isinstance(self.noise, Covariance)
+        ):
+            raise ValueError(
+                f"mirror is {self.mirror} with retract {self.retract} and noise {self.noise}: take "
+                "one of mirror and retract, and noise that is added to a step."
+            )
         if self.sharding is not None and blocks_of(self.particles) % self.sharding.num_devices:
             raise ValueError(
                 f"particles is {self.particles}, but sharding has {self.sharding.num_devices} "
@@ -153,8 +188,19 @@ class CBO(Solver):
         key, first = jax.random.split(start.key)
         bounded = jnp.all(jnp.isfinite(box.lower) & jnp.isfinite(box.upper))
         x = self._ensemble(start, x0, box, bounded, first)
-        x = distributed(jax.vmap(self._feasible(box))(x), self.sharding)
+        if self.mirror is not None:
+            if start.bounds is not None:
+                raise ValueError("mirror is given and the problem has bounds: choose one of both.")
+            drawn = x - x0[None] + self._dual(x0[None])
+            x = self._dual(x) if self.ensemble is not None else drawn
+        x = distributed(self._primal(box, x), self.sharding)
         inf, false = jnp.array(jnp.inf, x.dtype), jnp.array(False)
+        limits = None
+        if self.constraint_drift is not None:
+            if start.constraint_bounds is None:
+                raise ValueError("constraint_drift is given, but the problem has no constraints.")
+            low, high = (ravel_pytree(side)[0].astype(x.dtype) for side in start.constraint_bounds)
+            limits = (low, high)
         memory = None
         if self.memory is not None:
             nothing = jnp.zeros(self.particles, x.dtype)
@@ -170,11 +216,12 @@ class CBO(Solver):
             effective=jnp.array(self.particles, x.dtype),
             width=inf,
             penalty=jnp.asarray(self.penalty, x.dtype),
-            scale=jnp.std(replicated(x, self.sharding), axis=0),
+            scale=jnp.std(self._dual(replicated(x, self.sharding)), axis=0),
             step=jnp.array(0, jnp.int32),
             agreeing=jnp.array(0, jnp.int32),
             key=key,
             box=box,
+            limits=limits,
             probing=false,
             done=false,
             status=Status.running,
@@ -200,45 +247,29 @@ class CBO(Solver):
     ) -> Positions:
         n, d = self.particles, x0.size
         if self.ensemble is not None:
-            leaves, like = jax.tree.leaves(self.ensemble), jax.tree.leaves(start.x)
-            same = jax.tree.structure(self.ensemble) == jax.tree.structure(start.x)
-            wanted = [(n, *leaf.shape) for leaf in like]
-            if not same or [jnp.shape(leaf) for leaf in leaves] != wanted:
-                shapes = [jnp.shape(leaf) for leaf in leaves]
-                raise ValueError(
-                    f"ensemble has the shapes {shapes}: it must be a pytree like x0 with a leading "
-                    f"axis of particles={n}, so of shapes {wanted}."
-                )
-            x = jax.vmap(lambda point: ravel_pytree(point)[0])(self.ensemble).astype(x0.dtype)
-            outside = jnp.any((x < box.lower[None]) | (x > box.upper[None]))
-            return eqx.error_if(x, outside, "ensemble has particles outside the bounds.")
+            return first_ensemble(start, box, n, self.spread, self.ensemble, key)
         uniform, gaussian = jax.random.split(key)
-        sigma = ravel_pytree(self._spread_like(start.x))[0]
-        around = x0[None] + sigma[None] * normal(gaussian, jnp.zeros((n, d), x0.dtype))
+        around = x0[None] + scale_like(self.spread, start.x)[None] * normal(gaussian, jnp.zeros((n, d), x0.dtype))
         low, high = (jnp.where(bounded, side, 0) for side in (box.lower, box.upper))
         within = low[None] + (high - low)[None] * jax.random.uniform(uniform, (n, d), x0.dtype)
         x = jnp.where(bounded, within, around)
         # The start point is one of them.
         return x.at[0].set(x0)
 
-    def _spread_like(self, x: PyTree) -> PyTree:
-        if jax.tree.structure(self.spread) == jax.tree.structure(x):
-            given = self.spread
-        else:
-            given = jax.tree.map(lambda leaf: self.spread, x)
-        full = lambda s, leaf: jnp.broadcast_to(jnp.asarray(s, leaf.dtype), leaf.shape)  # noqa: E731
-        return jax.tree.map(full, given, x)
+    def _primal(self, box: Box, y: Positions) -> Positions:
+        """Points, put where they may be."""
 
-    def _feasible(self, box: Box) -> Callable[[Array], Array]:
-        """A flat point put back where it may be."""
+        def put(y: Array) -> Array:
+            if self.mirror is not None:
+                return self.mirror(y)
+            x = box.clip(y)
+            return x if self.retract is None else ravel_pytree(self.retract(box.unravel(x)))[0]
 
-        def put(x: Array) -> Array:
-            x = box.clip(x)
-            if self.retract is None:
-                return x
-            return ravel_pytree(self.retract(box.unravel(x)))[0]
+        return jax.vmap(put)(y)
 
-        return put
+    def _dual(self, x: Positions) -> Positions:
+        """Points where steps are taken."""
+        return x if self.mirror is None else jax.vmap(self.mirror.inverse)(x)
 
     # -- ask --------------------------------------------------------------------------------------
 
@@ -264,22 +295,15 @@ class CBO(Solver):
         """Points around the best one, at distances that halve from the spread of the start."""
         count = like.shape[0]
         key = self._key(state, 2 + now)
-        exponent = -PROBE_LADDER * jnp.arange(count) / count
-        length = (2.0**exponent).astype(like.dtype)[:, None]
-        points = state.best_x[None] + length * state.scale[None] * normal(key, like)
-        return jax.vmap(self._feasible(state.box))(points)
+        length = probe_lengths(count, like.dtype)[:, None]
+        around = self._dual(state.best_x[None])
+        return self._primal(state.box, around + length * state.scale[None] * normal(key, like))
 
     def ask(self, state: CBOState) -> Query:
         over = self.sharding if self.batch is None else None
         x = distributed(self._asked(state), over)
-        each = lambda t: jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])  # noqa: E731
-        return Query(
-            jax.vmap(state.box.unravel)(x),
-            Accuracy(each(self.accuracy.state), each(self.accuracy.adjoint)),
-            mask=jnp.ones(x.shape[0], bool),
-            derivatives=0 if self.gradient is None else 1,
-            sharding=over,
-        )
+        derivatives = int(self.gradient is not None or self.constraint_drift is not None)
+        return batch_query(x, state.box, self.accuracy, derivatives, over)
 
     # -- tell -------------------------------------------------------------------------------------
 
@@ -294,20 +318,24 @@ class CBO(Solver):
             violation = jnp.where(ok, evaluation.violation.astype(dtype), jnp.inf)
         energy = jnp.where(ok, value + state.penalty * violation, jnp.inf)
         energy = replicated(energy, self.sharding)
-        x = jax.vmap(lambda point: ravel_pytree(point)[0])(query.x)
+        x = flat(query.x)
         lowest = jnp.argmin(energy)
         lower = energy[lowest] < state.best
-        hard = violation[lowest] > self.feasible_within
+        # The drift to the constraints takes the place of a penalty that grows.
+        hard = (violation[lowest] > self.feasible_within) & (self.constraint_drift is None)
         gradient = None
         if self.gradient is not None:
-            gradient = jax.vmap(lambda g: ravel_pytree(g)[0])(evaluation.gradient)
+            gradient = flat(evaluation.gradient)
         now = dataclasses.replace(
             state,
             best=jnp.where(lower, energy[lowest], state.best),
             best_violation=jnp.where(lower, violation[lowest], state.best_violation),
             best_x=jnp.where(lower, x[lowest], state.best_x),
         )
-        moved = self._moved(now, x, energy, violation, ok, gradient)
+        pull = None
+        if self.constraint_drift is not None:
+            pull = _linearized(evaluation, state.limits)
+        moved = self._moved(now, x, energy, violation, ok, gradient, pull)
         # After probes the particles go on from there when one of them was lower, else all is over.
         # Selecting is cheaper than a conditional, which would copy all particles.
         held = jnp.where(lower, self._placed(state, x), state.x)
@@ -354,6 +382,7 @@ class CBO(Solver):
         violation: Array,
         ok: Array,
         gradient: Positions | None,
+        pull: tuple[Array, Array] | None,
     ) -> CBOState:
         """One step of the particles."""
         over = self.sharding if self.batch is None else None
@@ -369,19 +398,24 @@ class CBO(Solver):
             violation = jnp.where(better, violation, old[2])
         agreed: Agreement = self.consensus(anchor, anchor_energy, violation, state.step, over)
         m = agreed.point
+
         placed = when(jnp.sum(ok) < ok.size, lambda x, now: _replaced(x, ok, copy_key, now), x)
-        u = placed - m
+        dual_m = self._dual(m)
+        u = self._dual(placed) - dual_m
         drifted = (1 - self.drift * self.dt) * u
         if memory is not None and self.memory is not None:
-            pull = jnp.where(ok[:, None], placed - anchor, 0)
-            drifted = drifted - self.memory * self.dt * pull
+            back = self._dual(placed) - self._dual(anchor)
+            drifted = drifted - self.memory * self.dt * jnp.where(ok[:, None], back, 0)
         if gradient is not None and self.gradient is not None:
             usable = ok[:, None] & jnp.isfinite(gradient)
             drifted = drifted - self.gradient * self.dt * jnp.where(usable, gradient, 0)
         noise_memory = self.noise.update(state.noise, placed, agreed)
         noise = self.noise(noise_key, u, drifted, state.scale, agreed.weights, noise_memory, over)
-        moved = jax.vmap(self._feasible(state.box))(m + noise)
-        close = (jnp.abs(u) <= self.tol * (1 + jnp.abs(m))) & ok[:, None]
+        if pull is not None and self.constraint_drift is not None:
+            rate = self.constraint_drift * self.dt
+            noise = u + jax.vmap(lambda *of: _implicit(rate, *of))(noise - u, ok, *pull)
+        moved = self._primal(state.box, dual_m + noise)
+        close = (jnp.abs(placed - m) <= self.tol * (1 + jnp.abs(m))) & ok[:, None]
         agree = jnp.min(total(close.astype(x.dtype), over)) >= 0.5 * x.shape[0]
         agreeing = jnp.where(agree, state.agreeing + 1, 0)
         if memory is not None:
@@ -418,24 +452,28 @@ def _replaced(x: Positions, ok: Bool[Array, " n"], key: PRNGKeyArray, now: Array
     return jnp.where(ok[:, None], x, x[donor])
 
 
-class Sphere(eqx.Module):
-    """The nearest point with norm `radius`, for `retract` (all leaves of x together)."""
+def _linearized(
+    evaluation: Evaluation, limits: tuple[Array, Array]
+) -> tuple[Float[Array, "n m"], Float[Array, "n m d"]]:
+    """By how much each particle is out of each constraint, and the Jacobian with rows of 0 for
+    inequalities that hold."""
 
-    radius: float = 1.0
+    def of_one(values: PyTree, jacobian: Any) -> tuple[Array, Array]:
+        flat, unravel = ravel_pytree(values)
+        rows = jax.vmap(lambda v: ravel_pytree(jacobian.rmv(unravel(v)))[0])(jnp.eye(flat.size))
+        low, high = limits
+        out = flat - jnp.clip(flat, low, high)
+        return out, jnp.where(((low == high) | (out != 0))[:, None], rows, 0)
 
-    def __call__(self, x: PyTree) -> PyTree:
-        flat, unravel = ravel_pytree(x)
-        norm = jnp.linalg.norm(flat)
-        first = jnp.zeros_like(flat).at[0].set(1)
-        return unravel(
-            self.radius * jnp.where(norm > 0, flat / jnp.where(norm > 0, norm, 1), first)
-        )
+    return eqx.filter_vmap(of_one)(evaluation.constraints, evaluation.jacobian)
 
 
-class Stiefel(eqx.Module):
-    """The nearest matrix with orthonormal columns (polar factor), for `retract`; x is one matrix of
-    shape (n, p) with n >= p."""
-
-    def __call__(self, x: Float[Array, "n p"]) -> Float[Array, "n p"]:
-        u, _, vt = jnp.linalg.svd(x, full_matrices=False)
-        return u @ vt
+def _implicit(
+    rate: ArrayLike, step: Array, ok: Array, out: Float[Array, " m"], rows: Float[Array, "m d"]
+) -> Float[Array, " d"]:
+    """The step `(I + rate J'J)^-1 (step - rate J'c)`, by the formula of Woodbury."""
+    usable = ok & jnp.all(jnp.isfinite(rows)) & jnp.all(jnp.isfinite(out))
+    rows, out = jnp.where(usable, rows, 0), jnp.where(usable, out, 0)
+    matrix = jnp.eye(out.size, dtype=step.dtype) + rate * (rows @ rows.T)
+    solve = jax.scipy.linalg.cho_factor(matrix, lower=True)
+    return step - rate * (rows.T @ jax.scipy.linalg.cho_solve(solve, out + rows @ step))

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
+from tolerax.contracts import Accuracy, Evaluation, Query, Start
 from tolerax.inner.noise import fold_in, normal
-from tolerax.solvers._population import check_count, check_positive
+from tolerax.solvers._population import Population, check_count, check_positive
 from tolerax.solvers.cbo import CBO, CBOState
 from tolerax.solvers.consensus import Agreement, Consensus, HardMinimum, Noise
 
@@ -58,7 +58,7 @@ class Frozen(Noise):
         return -float(self.decay) - 0.5 * float(self.s) ** 2
 
 
-class ConsensusFreezing(Solver):
+class ConsensusFreezing(Population):
     """Consensus freezing: [`CBO`][] with steps of any length.
 
     While the consensus m stands still the equation of the particles can be solved exactly, so no

@@ -11,10 +11,11 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
+from tolerax.contracts import Accuracy, Evaluation, Query, Start
 from tolerax.inner.particles import distributed, normal
 from tolerax.solvers._common import Box
 from tolerax.solvers._population import (
+    Population,
     any_finite,
     batch_query,
     check_count,
@@ -51,7 +52,7 @@ class HoppingState(eqx.Module):
     status: Any
 
 
-class ConsensusHopping(Solver):
+class ConsensusHopping(Population):
     """Consensus hopping: minimization by values at N particles a step, drawn anew each time.
 
         x_k = consensus of particles drawn from N(x_{k-1}, s^2 I)

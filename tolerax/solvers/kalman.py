@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
+from tolerax.contracts import Accuracy, Evaluation, Query, Start
 from tolerax.inner.particles import normal
 from tolerax.solvers._common import Box
 from tolerax.solvers._population import (
+    Population,
     Ensemble,
     any_finite,
     batch_query,
@@ -47,7 +48,7 @@ class KalmanState(Ensemble):
     status: Any
 
 
-class EnsembleKalmanInversion(Solver):
+class EnsembleKalmanInversion(Population):
     """Ensemble Kalman inversion: minimizes `|r(x)|^2 / 2` by the residuals at N points a step,
     without derivatives. For problems that answer with residuals: [`LeastSquares`][].
 
