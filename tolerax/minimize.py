@@ -149,8 +149,9 @@ def minimize(
     - `options`: fields of the solver (`memory`, `rtol`, `atol`, ...); `maxiter` (iterations),
       `maxfun` or `maxfev` (calls of `fun`, those for differences included, checked between
       answers); `restarts` (further runs of a population method, each twice as large, see
-      [`solve_with_restarts`][]; `maxiter` then counts in each run); `max_steps`, `max_work`, `max_seconds`, `progress`, `checkpoint`, `executor` and
-      `key` as in `solve`; `on_error` as in `Objective`; `disp=True` shows a progress bar.
+      [`solve_with_restarts`][]; `maxiter` then counts in each run); `max_steps`, `max_work`,
+      `max_seconds`, `progress`, `checkpoint`, `executor` and `key` as in `solve`; `on_error` as in
+      `Objective`; `disp=True` shows a progress bar.
 
     **Returns:** a `scipy.optimize.OptimizeResult` with `x`, `success`, `status` (0 for success),
     `message`, `fun`, `jac`, `nfev`, `njev`, `nhev` (Hessian products), `nit`, and of our own

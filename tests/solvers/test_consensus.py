@@ -13,6 +13,7 @@ from tolerax import CBO, Objective
 from tolerax.inner.particles import blocks_of, total, weighted_mean
 from tolerax.solvers import (
     Anisotropic,
+    Ball,
     Covariance,
     EffectiveSampleSize,
     HardMinimum,
@@ -20,6 +21,7 @@ from tolerax.solvers import (
     Polarized,
     Quantile,
     RankWeights,
+    Simplex,
     SoftConsensus,
     Sphere,
     Stiefel,
@@ -248,3 +250,89 @@ def test_particles_that_cannot_be_spread_evenly_are_named():
     over = on_one_device()
     with pytest.raises(ValueError, match="particles is 100, but sharding has 3 devices"):
         CBO(sharding=Three(over.mesh, over.spec))
+
+
+@pytest.mark.parametrize(("mirror", "norm"), [(Simplex(2.0), 1), (Ball(3.0), 2)])
+def test_mirror_maps_have_inverses_and_stay_inside(mirror, norm):
+    y = 30 * RNG.normal(size=(50, 6))
+    x = jax.vmap(mirror)(y)
+    size = np.linalg.norm(x, ord=norm, axis=1)
+    assert np.all(x >= 0 if norm == 1 else size <= 3)
+    assert np.all(size <= mirror_size(mirror) + 1e-14)
+    inside = jax.vmap(mirror)(0.1 * y)
+    again = jax.vmap(mirror)(jax.vmap(mirror.inverse)(inside))
+    np.testing.assert_allclose(again, inside, rtol=1e-10)
+    assert np.all(np.isfinite(jax.vmap(mirror.inverse)(x)))
+
+
+def mirror_size(mirror):
+    return mirror.total if isinstance(mirror, Simplex) else mirror.radius
+
+
+def test_a_mirror_map_reaches_a_corner_and_never_leaves_the_simplex():
+    # On the simplex -sum a x^2 has a local minimum at every corner; the lowest has the largest a.
+    a = jnp.array([1.0, 1.3, 0.7, 1.2])
+    points = []
+    solution = tolerax.solve(
+        Objective(lambda x: -jnp.sum(a * x**2)),
+        CBO(particles=50, mirror=Simplex()),
+        jnp.full(4, 0.25),
+        max_steps=300,
+        callback=lambda step: points.append(step.query.x),
+    )
+    x = np.concatenate(points)
+    assert np.all(x >= 0)
+    np.testing.assert_allclose(x.sum(axis=1), 1, rtol=1e-12)
+    assert solution.success
+    np.testing.assert_allclose(solution.x, [0, 1, 0, 0], atol=1e-3)
+
+
+def test_a_drift_to_constraints_holds_them_and_finds_the_minimum_on_them():
+    # Rastrigin's function about v on the unit sphere, with the half-space v'x >= 0.9 (which holds
+    # at the minimum), has its minimum 0 at v.
+    v = jnp.array([0.48, 0.6, 0.64])
+    fun = lambda x: jnp.sum((x - v) ** 2 + 0.2 * (1 - jnp.cos(12 * (x - v))))  # noqa: E731
+    problem = Objective(
+        fun,
+        constraints=lambda x: {"norm": jnp.sum(x**2), "half": v @ x},
+        constraint_bounds=({"norm": 1.0, "half": 0.9}, {"norm": 1.0, "half": jnp.inf}),
+    )
+    solver = CBO(particles=50, constraint_drift=100.0)
+    solution = tolerax.solve(problem, solver, jnp.array([1.0, 0.0, 0.0]), max_steps=400)
+    assert float(solution.violation) <= solver.feasibility
+    np.testing.assert_allclose(solution.x, v, atol=2e-2)
+
+
+def test_one_step_along_a_linear_constraint_is_free_and_one_away_from_it_is_not():
+    """Without noise all particles go towards the best one; `a'x = 1` holds for it alone."""
+    a = jnp.array([3.0, 4.0]) / 5
+    x = jnp.array([[0.6, 0.8], [0.6, -0.2], [-0.2, 1.4]])
+    problem = Objective(
+        lambda x: jnp.sum((x - a) ** 2),
+        constraints=lambda x: a @ x,
+        constraint_bounds=(1.0, 1.0),
+    )
+    fields = {"particles": 3, "noise": Anisotropic(0.0, jumps=0.0), "ensemble": x, "dt": 0.1}
+    ends = [
+        tolerax.solve(problem, CBO(**fields, **more), a, max_steps=1).state.solver_state.x
+        for more in ({}, {"constraint_drift": 1e8})
+    ]
+    np.testing.assert_allclose(ends[0], x + 0.1 * (a[None] - x), rtol=1e-12)
+    # The second particle is put on the line, the third moves along it by as much as without.
+    np.testing.assert_allclose(ends[1] @ a, 1.0, rtol=1e-6)
+    across = jnp.array([-4.0, 3.0]) / 5
+    np.testing.assert_allclose(ends[1] @ across, ends[0] @ across, rtol=1e-6, atol=1e-12)
+
+
+def test_sets_that_do_not_go_together_are_named():
+    with pytest.raises(ValueError, match="take one of mirror and retract"):
+        CBO(mirror=Simplex(), retract=Sphere())
+    with pytest.raises(ValueError, match="noise that is added"):
+        CBO(mirror=Simplex(), noise=Covariance())
+    bounded = Objective(lambda x: jnp.sum(x), bounds=(0.0, 1.0))
+    with pytest.raises(ValueError, match="mirror is given and the problem has bounds"):
+        tolerax.solve(bounded, CBO(mirror=Simplex()), jnp.full(2, 0.5))
+    with pytest.raises(ValueError, match="constraint_drift is given, but the problem has no"):
+        tolerax.solve(Objective(lambda x: jnp.sum(x)), CBO(constraint_drift=1.0), jnp.zeros(2))
+    with pytest.raises(ValueError, match="memory is -1"):
+        CBO(memory=-1.0)

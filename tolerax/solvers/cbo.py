@@ -249,7 +249,9 @@ class CBO(Population):
         if self.ensemble is not None:
             return first_ensemble(start, box, n, self.spread, self.ensemble, key)
         uniform, gaussian = jax.random.split(key)
-        around = x0[None] + scale_like(self.spread, start.x)[None] * normal(gaussian, jnp.zeros((n, d), x0.dtype))
+        around = x0[None] + scale_like(self.spread, start.x)[None] * normal(
+            gaussian, jnp.zeros((n, d), x0.dtype)
+        )
         low, high = (jnp.where(bounded, side, 0) for side in (box.lower, box.upper))
         within = low[None] + (high - low)[None] * jax.random.uniform(uniform, (n, d), x0.dtype)
         x = jnp.where(bounded, within, around)

@@ -13,8 +13,8 @@ from tolerax.contracts import Accuracy, Evaluation, Query, Start
 from tolerax.inner.particles import normal
 from tolerax.solvers._common import Box
 from tolerax.solvers._population import (
-    Population,
     Ensemble,
+    Population,
     any_finite,
     batch_query,
     check_count,
