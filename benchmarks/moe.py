@@ -1,5 +1,13 @@
 """The figures of least squares in lanes and what stands on it: `python -m benchmarks moe`."""
 
-from benchmarks import lanes, linear_layer
+from benchmarks import experts, lanes, linear_layer, sorption
 
-GROUPS = (lanes.SPEED_GROUP, lanes.NOISE_GROUP, lanes.GRADIENT_GROUP, linear_layer.GROUP)
+GROUPS = (
+    lanes.SPEED_GROUP,
+    lanes.NOISE_GROUP,
+    lanes.GRADIENT_GROUP,
+    linear_layer.GROUP,
+    sorption.GROUP,
+    sorption.INEXACT_GROUP,
+    *experts.GROUPS,
+)

@@ -41,5 +41,7 @@ from tolerax.solvers import InexactNewton as InexactNewton
 from tolerax.solvers import ModelTrustRegion as ModelTrustRegion
 from tolerax.status import PointStatus as PointStatus
 from tolerax.status import Status as Status
+from tolerax.training import Forcing as Forcing
+from tolerax.training import train as train
 
 __version__ = "0.1.0"

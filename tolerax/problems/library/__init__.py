@@ -35,6 +35,9 @@ Trained networks, as a [`LibrarySurrogate`][] each; the networks are trained whe
 | [`digits_counterfactual`][] | 64 latent variables | decoder and classifier | class, shell |
 | [`reactor`][] | coolant, duration | trajectories of a reactor | temperature, conversion, purity |
 
+Families of equations for networks that end in [`HardConstrained`][]: [`DiffusionSorption`][], with
+the network [`SorptionBasis`][] (a [`FourierOperator`][]).
+
 `seed` draws splits, crops, noise and label flips: tune on some seeds and report on others.
 
 >>> from tolerax.problems.library import quadratic
@@ -47,10 +50,14 @@ from tolerax.problems.library.cleaning import HyperCleaning as HyperCleaning
 from tolerax.problems.library.cleaning import hyper_cleaning as hyper_cleaning
 from tolerax.problems.library.closed_form import Quadratic as Quadratic
 from tolerax.problems.library.closed_form import quadratic as quadratic
+from tolerax.problems.library.diffusion_sorption import DiffusionSorption as DiffusionSorption
+from tolerax.problems.library.diffusion_sorption import Soil as Soil
+from tolerax.problems.library.diffusion_sorption import SorptionBasis as SorptionBasis
 from tolerax.problems.library.evolution import EvolutionExample as EvolutionExample
 from tolerax.problems.library.evolution import burgers_control as burgers_control
 from tolerax.problems.library.evolution import heat_initial_condition as heat_initial_condition
 from tolerax.problems.library.experts import field_of_experts as field_of_experts
+from tolerax.problems.library.operators import FourierOperator as FourierOperator
 from tolerax.problems.library.pde import PDEExample as PDEExample
 from tolerax.problems.library.pde import coefficient_inversion as coefficient_inversion
 from tolerax.problems.library.pde import poisson_control as poisson_control

@@ -1,0 +1,231 @@
+"""Diffusion-sorption learned from its equation alone: one hard constraint, experts, a soft one, and
+what interpolation makes of as many reference solutions as there are samples.
+
+All networks are Fourier neural operators of one size and see the same samples, of which the layers
+use the equation only. Test soils are others. Errors are relative in L2 beside a reference on a grid
+four times as fine.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import tolerax
+from benchmarks.frame import Bar, Group, Measured, Settings
+from tolerax.problems import Boxes, HardConstrained, RandomAssignment
+from tolerax.problems.library import DiffusionSorption, SorptionBasis
+
+GRID, SAMPLES, TESTS, BATCH, RATE = (40, 33), 64, 32, 4, 3e-3
+BASIS, FACES = 16, 100.0
+ONE, EXPERTS = (1, 1), (4, 2)
+
+
+def steps(settings: Settings) -> int:
+    return 150 if settings.quick else 600
+
+
+def optimizer(count: int) -> Any:
+    import optax
+
+    schedule = optax.cosine_decay_schedule(RATE, count)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+
+@functools.cache
+def data(seed: int) -> tuple[DiffusionSorption, Any, Any, np.ndarray]:
+    """The family, training and test soils, and the fields of the latter."""
+    family = DiffusionSorption(*GRID)
+    one, two = jax.random.split(jax.random.key(seed))
+    train, test = family.sample(one, SAMPLES), family.sample(two, TESTS)
+    return family, train, test, np.asarray(family.solve(test))
+
+
+def relative(u: Any, reference: np.ndarray) -> np.ndarray:
+    """The error of each field."""
+    gap = np.linalg.norm((np.asarray(u) - reference).reshape(len(reference), -1), axis=1)
+    return gap / np.linalg.norm(reference.reshape(len(reference), -1), axis=1)
+
+
+ROUTERS: dict[str, Callable[[], Any]] = {
+    "single": lambda: Boxes(GRID, ONE),
+    "single, 128 functions": lambda: Boxes(GRID, ONE),
+    "experts": lambda: Boxes(GRID, EXPERTS),
+    "experts, 1e-8": lambda: Boxes(GRID, EXPERTS),
+    "random experts": lambda: RandomAssignment(GRID, 8, key=jax.random.key(0)),
+}
+
+
+@functools.cache
+def trained(kind: str, seed: int, count: int) -> dict[str, Any]:
+    """The test error of one kind of layer, and what its training took."""
+    family, train, test, reference = data(seed)
+    outputs = 128 if kind == "single, 128 functions" else BASIS
+    network = SorptionBasis(family, outputs, key=jax.random.key(seed + 10_000))
+    faces = FACES if kind.startswith("experts") else None
+    layer = HardConstrained(network, family.equation, ROUTERS[kind](), faces=faces)
+    forcing = tolerax.Forcing.fixed(1e-8) if kind.endswith("1e-8") else tolerax.Forcing()
+    began = time.perf_counter()
+    done = tolerax.train(
+        layer,
+        train,
+        optimizer(count),
+        steps=count,
+        batch=BATCH,
+        key=jax.random.key(seed + 20_000),
+        forcing=forcing,
+    )
+    seconds = time.perf_counter() - began
+    field = eqx.filter_jit(lambda layer, soils: layer(soils))(done.layer, test)
+    return {
+        "error": float(np.mean(relative(field.u, reference))),
+        "worst": float(np.max(relative(field.u, reference))),
+        "jump": float(jnp.mean(field.jump)),
+        "evaluations": int(done.state.evaluations.sum()),
+        "failed": int(done.state.failed.sum()),
+        "seconds": round(seconds, 1),
+    }
+
+
+@functools.cache
+def soft(seed: int, count: int) -> dict[str, Any]:
+    """The same network with one output, trained on the same residuals, for four times the steps."""
+    import optax
+
+    family, train, test, reference = data(seed)
+    equation, count = family.equation, 4 * count
+    network = SorptionBasis(family, 1, key=jax.random.key(seed + 10_000))
+    # What holds by the ansatz holds here too: the beginning and the inlet.
+    channels, lift = equation.channels, family.lift
+    weights, static = eqx.partition(network, eqx.is_inexact_array)
+    rule = optimizer(count)
+
+    def field(weights: Any, soil: Any) -> Any:
+        return lift(soil) + eqx.combine(weights, static)(soil)[0]
+
+    def loss(weights: Any, soils: Any) -> Any:
+        def one(soil: Any) -> Any:
+            D, n, outlet = equation.data(soil)  # pyright: ignore[reportOptionalCall]
+            return jnp.mean(equation.residual(channels(field(weights, soil)), (D, n, outlet)) ** 2)
+
+        return jnp.mean(jax.vmap(one)(soils))
+
+    @jax.jit
+    def step(weights: Any, state: Any, key: Any) -> Any:
+        own = jax.random.randint(key, (BATCH,), 0, SAMPLES)
+        some = jax.tree.map(lambda leaf: leaf[own], train)
+        move, state = rule.update(jax.grad(loss)(weights, some), state, weights)
+        return optax.apply_updates(weights, move), state
+
+    state, began = rule.init(weights), time.perf_counter()
+    for t in range(count):
+        weights, state = step(weights, state, jax.random.key(t))
+    u = jax.jit(jax.vmap(lambda soil: field(weights, soil)))(test)
+    return {
+        "error": float(np.mean(relative(u, reference))),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+@functools.cache
+def interpolated(seed: int) -> dict[str, float]:
+    """Test errors of interpolations of reference fields of all training soils, which the layers do
+    not have: the nearest soil; POD with coefficients by quadratic least squares and by Gaussian
+    kernels, each with the numbers that suit the test best."""
+    family, train, test, reference = data(seed)
+    known = np.asarray(family.solve(train)).reshape(SAMPLES, -1)
+
+    def parameters(soils: Any) -> np.ndarray:
+        x = np.linspace(0, np.pi, soils.u0.shape[1])
+        waves = np.cos(np.arange(4)[None] * x[:, None])
+        found = np.linalg.lstsq(waves, np.asarray(soils.u0).T)[0].T
+        rest = [np.asarray(a)[:, None] for a in (soils.diffusivity, soils.exponent, soils.inlet)]
+        return np.concatenate([found, *rest], axis=1)
+
+    p, q = parameters(train), parameters(test)
+    q, p = (q - p.mean(axis=0)) / p.std(axis=0), (p - p.mean(axis=0)) / p.std(axis=0)
+    apart = np.linalg.norm(q[:, None] - p[None], axis=2)
+    errors = {"nearest": known[np.argmin(apart, axis=1)]}
+    mean = known.mean(axis=0)
+    modes = np.linalg.svd(known - mean[None], full_matrices=False)[2][:24]
+    w = (known - mean[None]) @ modes.T
+
+    def quadratic(p: np.ndarray) -> np.ndarray:
+        products = [p[:, i] * p[:, j] for i in range(p.shape[1]) for j in range(i + 1)]
+        return np.concatenate([np.ones((len(p), 1)), p, np.stack(products, axis=1)], axis=1)
+
+    A, B = quadratic(p), quadratic(q)
+    for ridge in (1e-6, 1e-3, 1e-1, 1.0):
+        fit = np.linalg.solve(A.T @ A + ridge * np.eye(A.shape[1]), A.T @ w)
+        errors[f"quadratic {ridge:g}"] = B @ fit @ modes + mean[None]
+    between = np.linalg.norm(p[:, None] - p[None], axis=2)
+    for width in (2.0, 4.0, 8.0, 16.0):
+        for ridge in (1e-8, 1e-5, 1e-3):
+            kernel = np.exp(-((between / width) ** 2) / 2) + ridge * np.eye(SAMPLES)
+            fit = np.linalg.solve(kernel, w)
+            errors[f"kernel {width:g} {ridge:g}"] = (
+                np.exp(-((apart / width) ** 2) / 2) @ fit @ modes + mean[None]
+            )
+    return {
+        name: float(np.mean(relative(u.reshape(reference.shape), reference)))
+        for name, u in errors.items()
+    }
+
+
+def measure(settings: Settings) -> dict[str, Measured]:
+    """Ratios of mean test errors."""
+    count, hard, moe, pod, rows = steps(settings), [], [], [], {}
+    for seed in settings.seeds:
+        found = {"soft": soft(seed, count)}
+        for kind in ("single", "experts", "single, 128 functions", "random experts"):
+            if settings.quick and kind == "random experts":
+                continue
+            found[kind] = trained(kind, seed, count)
+            settings.tell(f"   seed {seed}, {kind}: {found[kind]}")
+        peers = interpolated(seed)
+        best = min(peers, key=lambda name: peers[name])
+        settings.tell(f"   seed {seed}, soft {found['soft']}, {best}: {peers[best]:.4g}")
+        error = {name: row["error"] for name, row in found.items()}
+        hard.append(error["single"] / error["soft"])
+        moe.append(error["experts"] / error["single"])
+        pod.append(error["experts"] / peers[best])
+        rows[f"seed {seed}"] = {**found, "interpolation": peers}
+    return {
+        "ds_hard_over_soft": Measured(hard, detail={"rows": rows}),
+        "ds_moe_over_single": Measured(moe),
+        "ds_vs_pod": Measured(pod),
+    }
+
+
+def measure_inexact(settings: Settings) -> dict[str, Measured]:
+    """Evaluations of residuals within training, with tolerances that follow the gradient and with
+    1e-8 throughout, both with warm starts; none where the test error is more than 5 % larger."""
+    count, ratios, rows = steps(settings), [], {}
+    for seed in settings.seeds:
+        ours, fixed = (trained(kind, seed, count) for kind in ("experts", "experts, 1e-8"))
+        fine = ours["error"] <= 1.05 * fixed["error"]
+        ratios.append(ours["evaluations"] / fixed["evaluations"] if fine else np.inf)
+        rows[f"seed {seed}"] = {"adaptive": ours, "fixed": fixed}
+        settings.tell(f"   seed {seed}: {rows[f'seed {seed}']}")
+    return {"inexact_saving": Measured(ratios, detail={"rows": rows})}
+
+
+GROUP = Group(
+    "ds",
+    (
+        Bar("ds_hard_over_soft", "<=", 0.15, "diffusion-sorption: error of one layer / soft"),
+        Bar("ds_moe_over_single", "<=", 0.6, "8 experts / one, of 16 functions each"),
+        Bar("ds_vs_pod", "<=", 1.0, "8 experts / best interpolation of 64 reference solutions"),
+    ),
+    measure,
+)
+INEXACT_GROUP = Group(
+    "inexact",
+    (Bar("inexact_saving", "<=", 0.5, "inner evaluations, adaptive / fixed 1e-8, equal error"),),
+    measure_inexact,
+)

@@ -1,0 +1,288 @@
+"""Training of layers that solve within: tolerances follow the gradient, and runs resume."""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from tolerax.checkpoint import Checkpoint
+from tolerax.problems.hard_constrained import Field, HardConstrained, WarmStart
+from tolerax.problems.implicit import BackwardReport
+from tolerax.progress import resolve
+from tolerax.status import is_failed
+from tolerax.validation import is_concrete, traced_floats
+
+logger = logging.getLogger("tolerax")
+
+
+class Forcing(eqx.Module):
+    """The tolerance of the inner solves, tied to the gradient of the loss: as accurate as it is
+    worth.
+
+    Step t solves to `first * (|g| / |g at the beginning|) ** power`, at least `floor` and at most
+    `first`, with |g| averaged over about ten steps. `Forcing.fixed(tolerance)` never changes.
+    """
+
+    first: Any = 1e-2
+    power: Any = 1.0
+    floor: Any = 1e-8
+
+    def __check_init__(self):
+        if is_concrete((self.floor, self.first)) and not 0 < self.floor <= self.first:
+            raise ValueError(
+                f"floor is {self.floor} and first is {self.first}: give 0 < floor <= first."
+            )
+
+    @classmethod
+    def fixed(cls, tolerance: float) -> "Forcing":
+        """Always the same tolerance."""
+        return cls(tolerance, 0.0, tolerance)
+
+    def __call__(self, size: Array, begun: Array) -> Array:
+        """The tolerance where the gradient was `begun` and is `size`."""
+        ratio = size / jnp.where(begun > 0, begun, 1)
+        return jnp.clip(self.first * ratio**self.power, self.floor, self.first)
+
+
+class TrainingState(eqx.Module):
+    """All that evolves: what a checkpoint holds.
+
+    - `network`, `optimizer`: weights, and the state of the optimizer. - `warm`: coefficients and
+      trust regions of every sample and expert. - `step`, `size`, `begun`: how many steps are done,
+      the size of the gradient (averaged) and what it was at the beginning.
+    - `loss`, `gradient`, `tolerance`, `evaluations`, `failed`, `skipped`: of each step; evaluations
+      of residuals within, lanes that failed, forward or backward, and whether the step was left
+      out since its gradient was no number.
+    """
+
+    network: Any
+    optimizer: Any
+    warm: WarmStart
+    step: Int[Array, ""]
+    size: Float[Array, ""]
+    begun: Float[Array, ""]
+    loss: Float[Array, " steps"]
+    gradient: Float[Array, " steps"]
+    tolerance: Float[Array, " steps"]
+    evaluations: Int[Array, " steps"]
+    failed: Int[Array, " steps"]
+    skipped: Int[Array, " steps"]
+
+
+class Trained(eqx.Module):
+    """What training returns: the `layer` with its trained network, and the last `state`, with
+    histories as long as the steps that were done."""
+
+    layer: HardConstrained
+    state: TrainingState
+
+
+def residual_loss(field: Field, inputs: PyTree) -> Float[Array, " samples"]:
+    """The mean square of the equation's residual over the grid, for each sample: nothing but the
+    equation is needed."""
+    del inputs
+    return jnp.mean(field.residual.reshape(len(field.residual), -1) ** 2, axis=1)
+
+
+def train(
+    layer: HardConstrained,
+    inputs: PyTree,
+    optimizer: Any,
+    *,
+    steps: int,
+    batch: int,
+    key: PRNGKeyArray,
+    loss: Callable[[Field, PyTree], Any] = residual_loss,
+    forcing: Forcing | None = None,
+    warm_starts: bool = True,
+    checkpoint: Checkpoint | None = None,
+    progress: Any = None,
+    callback: Callable[[TrainingState], Any] | None = None,
+) -> Trained:
+    """Train the network of a layer by a stochastic gradient method.
+
+    - `inputs`: pytree of the samples, with a leading axis. Each epoch goes through them once in a
+      new order, `batch` at a time.
+    - `optimizer`: with `init(weights)` and `update(gradient, state, weights)`, as those of optax.
+    - `loss(field, inputs)`: one number for each sample of a batch.
+    - `forcing`: tolerances of the inner solves; [`Forcing`][] by default.
+    - `warm_starts`: whether a sample starts from its coefficients of the last time.
+    - `key`: draws batches and collocation points, which change from step to step.
+    - `checkpoint`: where the run is saved; if there is something it goes on from there, and arrives
+      at the same bits as one that was never interrupted.
+    - `progress`: as of [`solve`][]. - `callback(state)`: after each step; `StopIteration` ends the
+      run.
+
+    Samples whose loss is no number count nothing; a step whose gradient is not finite all the same
+    is left out and `skipped` says so. Lanes that fail are counted in `failed`.
+
+    >>> import equinox as eqx, jax, jax.numpy as jnp, optax, tolerax
+    >>> x = jnp.linspace(0, 1, 17)
+    >>> class Powers(eqx.Module):
+    ...     rate: jax.Array
+    ...
+    ...     def __call__(self, a):
+    ...         return jnp.stack([x * jnp.exp(-self.rate * x), x**2])
+    >>> equation = tolerax.Equation(  # u' = -a u, u(0) = 1
+    ...     lambda u: jnp.stack([u, jnp.gradient(u, x[1])]),
+    ...     lambda z, a: z[1] + a * z[0],
+    ...     data=lambda a: a,
+    ...     lift=lambda a: jnp.ones(17),
+    ... )
+    >>> layer = tolerax.HardConstrained(
+    ...     Powers(jnp.array(6.0)), equation, tolerax.Boxes((17,), (1,))
+    ... )
+    >>> rates = jnp.linspace(0.5, 1.5, 8)
+    >>> options = {"steps": 30, "batch": 4, "key": jax.random.key(0)}
+    >>> trained = tolerax.train(layer, rates, optax.adam(0.2), **options)
+    >>> bool(trained.state.loss[-4:].mean() < 0.8 * trained.state.loss[:4].mean())
+    True
+    """
+    count = jax.tree.leaves(inputs)[0].shape[0]
+    if steps < 1 or not 1 <= batch <= count:
+        raise ValueError(
+            f"steps is {steps} and batch is {batch}: give at least one step, and batches of 1 to "
+            f"{count} samples."
+        )
+    traced: Any = traced_floats(Forcing() if forcing is None else forcing)
+    state = _first(layer, inputs, optimizer, steps, count)
+    if checkpoint is not None and checkpoint.exists():
+        state, _ = checkpoint.load(state)
+    meter = resolve(progress)
+    meter.start(steps, type(layer.network).__name__)
+    saved, message = time.monotonic(), "stopped"
+    fixed = eqx.tree_at(lambda layer: layer.network, layer, None, is_leaf=lambda leaf: leaf is None)
+    static = eqx.filter(layer.network, eqx.is_inexact_array, inverse=True)
+    frozen = (fixed, static)
+    try:
+        while (step := int(state.step)) < steps:
+            state = _step(state, frozen, inputs, key, traced, optimizer, loss, batch, warm_starts)
+            last = {
+                name: float(getattr(state, name)[step])
+                for name in ("loss", "gradient", "tolerance")
+            }
+            meter.update(step + 1, value=last["loss"], **{k: last[k] for k in list(last)[1:]})
+            if int(state.skipped[step]):
+                logger.warning("step %d is left out: its gradient is not finite.", step)
+            if checkpoint is not None:
+                late = time.monotonic() - saved > checkpoint.every_seconds
+                due = checkpoint.every_steps and (step + 1) % checkpoint.every_steps == 0
+                if late or due or step + 1 == steps:
+                    checkpoint.save(state)
+                    saved = time.monotonic()
+            if callback is not None:
+                callback(state)
+        message = "done"
+    except StopIteration:
+        message = "stopped by the callback"
+    finally:
+        meter.close(message)
+    done = int(state.step)
+    names = ("loss", "gradient", "tolerance", "evaluations", "failed", "skipped")
+    cut = dataclasses.replace(state, **{name: getattr(state, name)[:done] for name in names})
+    network = eqx.combine(state.network, static)
+    return Trained(eqx.tree_at(lambda layer: layer.network, layer, network), cut)
+
+
+def _first(
+    layer: HardConstrained, inputs: PyTree, optimizer: Any, steps: int, count: int
+) -> TrainingState:
+    weights = eqx.filter(layer.network, eqx.is_inexact_array)
+    zeros, whole = jnp.zeros(steps), jnp.zeros(steps, jnp.int32)
+    nothing = jnp.zeros(())
+    return TrainingState(
+        network=weights,
+        optimizer=optimizer.init(weights),
+        warm=layer.cold_start(count, inputs),
+        step=jnp.array(0, jnp.int32),
+        size=nothing,
+        begun=nothing,
+        loss=zeros,
+        gradient=zeros,
+        tolerance=zeros,
+        evaluations=whole,
+        failed=whole,
+        skipped=whole,
+    )
+
+
+@eqx.filter_jit
+def _step(
+    state: TrainingState,
+    frozen: tuple,
+    inputs: PyTree,
+    key: PRNGKeyArray,
+    forcing: Forcing,
+    optimizer: Any,
+    loss: Callable,
+    batch: int,
+    warm_starts: bool,
+) -> TrainingState:
+    layer, static = frozen
+    count, t = state.warm.w.shape[0], state.step
+    per_epoch = math.ceil(count / batch)
+    order = jax.random.permutation(jax.random.fold_in(key, t // per_epoch), count)
+    # The last batch of an epoch is filled up with the first samples of its order.
+    own = order[(t % per_epoch * batch + jnp.arange(batch)) % count]
+    some = jax.tree.map(lambda leaf: leaf[own], inputs)
+    warm = jax.tree.map(lambda leaf: leaf[own], state.warm) if warm_starts else None
+    tolerance = jnp.where(t == 0, forcing.first, forcing(state.size, state.begun))
+
+    def value(weights: PyTree, report: BackwardReport) -> tuple[Array, tuple]:
+        now = eqx.tree_at(
+            lambda layer: layer.network,
+            layer,
+            eqx.combine(weights, static),
+            is_leaf=lambda leaf: leaf is None,
+        )
+        field = now(
+            some,
+            key=jax.random.fold_in(key, count + t),
+            tolerance=tolerance,
+            warm=warm,
+            report=report,
+        )
+        each = loss(field, some)
+        if jnp.shape(each) != (batch,):
+            raise ValueError(
+                f"loss returned shape {jnp.shape(each)}: give one number for each of the {batch} "
+                "samples."
+            )
+        counts = jnp.isfinite(each)
+        mean = jnp.sum(jnp.where(counts, each, 0)) / jnp.maximum(jnp.sum(counts), 1)
+        return mean, (field.warm, field.lanes)
+
+    blank = BackwardReport.blank(batch * state.warm.w.shape[1])
+    run = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+    (mean, (new, lanes)), (slope, report) = run(state.network, blank)
+    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(slope)]
+    norm = jnp.sqrt(jnp.sum(jnp.stack(squares)))
+    fine = jnp.isfinite(norm)
+    moves, optimizer_state = optimizer.update(slope, state.optimizer, state.network)
+    moved = jax.tree.map(lambda w, m: w + m.astype(w.dtype), state.network, moves)
+    chosen = lambda new, old: jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)  # noqa: E731
+    failed = is_failed(lanes.status) | (report.failed > 0)
+    size = jnp.where(t == 0, norm, 0.9 * state.size + 0.1 * norm)
+    size = jnp.where(fine, size, state.size)
+    put = lambda row, entry: row.at[t].set(jnp.asarray(entry, row.dtype))  # noqa: E731
+    return TrainingState(
+        network=chosen(moved, state.network),
+        optimizer=chosen(optimizer_state, state.optimizer),
+        warm=jax.tree.map(lambda old, now: old.at[own].set(now), state.warm, new),
+        step=t + 1,
+        size=size,
+        begun=jnp.where(t == 0, size, state.begun),
+        loss=put(state.loss, mean),
+        gradient=put(state.gradient, norm),
+        tolerance=put(state.tolerance, tolerance),
+        evaluations=put(state.evaluations, jnp.sum(lanes.evaluations)),
+        failed=put(state.failed, jnp.sum(failed)),
+        skipped=put(state.skipped, ~fine),
+    )
