@@ -28,6 +28,7 @@ from tolerax.inner.positive_bases import cosine_measure as cosine_measure
 from tolerax.inner.positive_bases import positive_basis as positive_basis
 from tolerax.inner.positive_bases import rotation as rotation
 from tolerax.inner.recycled import Recycled as Recycled
+from tolerax.inner.refinement import refine as refine
 from tolerax.inner.residuals import Pointwise as Pointwise
 from tolerax.inner.roots import NewtonKrylov as NewtonKrylov
 from tolerax.inner.spectral import Laplacian as Laplacian

@@ -62,6 +62,9 @@ def plan(
     if system.preconditioner is not None:
         gentle = jnp.zeros_like(gentle)
     relative = jnp.minimum(solver.forcing, jnp.sqrt(told.size / state.scale))
+    # The last step need not be better than what is asked for.
+    enough = 0.1 * (solver.atol + solver.rtol * state.scale) / told.size
+    relative = jnp.maximum(relative, jnp.minimum(enough, 0.1))
     largest = 1e3 * (1 + jnp.linalg.norm(y) + jnp.linalg.norm(told.g))
 
     # Where nothing is known of the curvature a step is ten times as long as x at most.
