@@ -6,7 +6,7 @@ absolute tolerance on `|y - y*|_H`, and returns a [`LowerResult`][].
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -105,15 +105,30 @@ class LowerResult(eqx.Module):
     memory: Recycled | None = None
 
 
+class Limit(NamedTuple):
+    """When a solve may stop short of its tolerance.
+
+    - `effort`: after about so many gradients and products.
+    - `hopeless(y, distance)`: whether a point at most `distance` from the solution, in the energy
+      norm, says enough already. Newton's method asks after every step.
+    """
+
+    effort: ArrayLike = jnp.inf
+    hopeless: Callable[[Vector, Scalar], Bool[Array, ""]] | None = None
+
+
+NO_LIMIT = Limit()
+
+
 class Minimizer(eqx.Module):
     """A minimizer of smooth strongly convex functions."""
 
     @abc.abstractmethod
     def __call__(
-        self, lower: Smooth, y: Vector, tolerance: ArrayLike, effort: ArrayLike = jnp.inf
+        self, lower: Smooth, y: Vector, tolerance: ArrayLike, limit: Limit = NO_LIMIT
     ) -> LowerResult:
-        """Minimize from the guess `y` until `|y - y*|_H <= tolerance` is certain, or until about
-        `effort` gradients and products were taken."""
+        """Minimize from the guess `y` until `|y - y*|_H <= tolerance` is certain, or until the
+        limit."""
 
 
 def _outcome(reached: Array, floored: Array, finite: Array) -> Any:
@@ -161,7 +176,7 @@ class NewtonCG(Minimizer):
     max_cg_steps: int = 1000
 
     def __call__(
-        self, lower: Smooth, y: Vector, tolerance: ArrayLike, effort: ArrayLike = jnp.inf
+        self, lower: Smooth, y: Vector, tolerance: ArrayLike, limit: Limit = NO_LIMIT
     ) -> LowerResult:
         d_bound = lower.lower_bound
         tolerance = jnp.asarray(tolerance, y.dtype)
@@ -173,15 +188,17 @@ class NewtonCG(Minimizer):
         wanted = lower.decrement_for(tolerance)
 
         def unfinished(state: tuple) -> Bool[Array, ""]:
-            _, h, _, t, _, step, gradients, products, stuck, *_ = state
+            y, h, _, t, _, step, gradients, products, stuck, *_ = state
             going = (t > tolerance) & (step < self.max_steps) & (stuck < 2) & jnp.isfinite(h)
-            return going & (gradients + products < effort)
+            if limit.hopeless is not None:
+                going = going & ~limit.hopeless(y, t)
+            return going & (gradients + products < limit.effort)
 
         def newton(state: tuple) -> tuple:
             y, h, r, t, a, step, gradients, products, stuck, third, bent, *seen = state
             curvature, largest, memory = seen
             operator = lower.hessian(y)
-            left = jnp.maximum(effort - gradients - products, 1)
+            left = jnp.maximum(limit.effort - gradients - products, 1)
             solve = CG(jnp.minimum(left, self.max_cg_steps).astype(count))(
                 operator,
                 -r,
@@ -276,7 +293,7 @@ class LBFGS(Minimizer):
     max_steps: int = 2000
 
     def __call__(
-        self, lower: Smooth, y: Vector, tolerance: ArrayLike, effort: ArrayLike = jnp.inf
+        self, lower: Smooth, y: Vector, tolerance: ArrayLike, limit: Limit = NO_LIMIT
     ) -> LowerResult:
         count = jnp.result_type(int)
         h, r = lower.value_and_gradient(y)
@@ -285,8 +302,8 @@ class LBFGS(Minimizer):
         def unfinished(state: tuple) -> Bool[Array, ""]:
             y, h, r, _, _, step, stuck, largest = state
             going = _worthwhile(lower, y, r, largest, tolerance)
-            limit = jnp.minimum(effort, self.max_steps)
-            return going & (step < limit) & (stuck < 3) & jnp.isfinite(h)
+            most = jnp.minimum(limit.effort, self.max_steps)
+            return going & (step < most) & (stuck < 3) & jnp.isfinite(h)
 
         def trial(state: tuple) -> tuple:
             y, h, r, pairs, s, step, stuck, largest = state
@@ -324,7 +341,7 @@ class AcceleratedGradient(Minimizer):
     max_steps: int = 10_000
 
     def __call__(
-        self, lower: Smooth, y: Vector, tolerance: ArrayLike, effort: ArrayLike = jnp.inf
+        self, lower: Smooth, y: Vector, tolerance: ArrayLike, limit: Limit = NO_LIMIT
     ) -> LowerResult:
         eps = jnp.finfo(y.dtype).eps
         count = jnp.result_type(int)
@@ -335,8 +352,8 @@ class AcceleratedGradient(Minimizer):
         def unfinished(state: tuple) -> Bool[Array, ""]:
             y, _, h, r, _, _, step, stuck, largest = state
             going = _worthwhile(lower, y, r, largest, tolerance)
-            limit = jnp.minimum(effort, self.max_steps)
-            return going & (step < limit) & (stuck < 60) & jnp.isfinite(h)
+            most = jnp.minimum(limit.effort, self.max_steps)
+            return going & (step < most) & (stuck < 60) & jnp.isfinite(h)
 
         def trial(state: tuple) -> tuple:
             # y is the point of the last gradient r; last is the previous step's end.

@@ -13,7 +13,7 @@ from tolerax.contracts import Provenance, Work
 from tolerax.inner.bounds import dual_norm
 from tolerax.inner.estimates import largest_singular_value, smallest_eigenvalue
 from tolerax.inner.krylov import CG, LinearResult
-from tolerax.inner.minimizers import Minimizer, Smooth
+from tolerax.inner.minimizers import NO_LIMIT, Limit, Minimizer, Smooth
 from tolerax.inner.recycled import Recycled, blank_factor
 from tolerax.problems.constants import constant, origin
 from tolerax.problems.implicit import Fixed, Solved
@@ -217,10 +217,8 @@ class Minimization(eqx.Module):
             seen = {**seen, "recycled": solve.memory.factor}
         return solve, Solved(solve.x, solve.residual, error, zero, work, status, seen)
 
-    def _state(
-        self, at: Fixed, known: Known, y: Vector, tolerance: Scalar, effort: ArrayLike
-    ) -> Solved:
-        solve = self.state_solver(self.smooth(at, known), y, tolerance, effort)
+    def _state(self, at: Fixed, known: Known, y: Vector, tolerance: Scalar, limit: Limit) -> Solved:
+        solve = self.state_solver(self.smooth(at, known), y, tolerance, limit)
         wrong = self.contradiction(solve.curvature, known, solve.third, solve.bent)
         factor, seen = self.correction(solve.curvature, known)
         missed = (solve.status == PointStatus.ok) & (factor > 1)
@@ -255,10 +253,10 @@ class Minimization(eqx.Module):
         known: Known,
         y: Vector,
         tolerance: Scalar,
-        effort: ArrayLike = jnp.inf,
+        limit: Limit = NO_LIMIT,
     ) -> Solved:
         """Solve for the state from the guess y until its error is at most the tolerance, or until
-        about `effort` gradients and Hessian products were taken."""
+        the limit."""
 
     @abc.abstractmethod
     def solve_adjoint(
@@ -267,9 +265,9 @@ class Minimization(eqx.Module):
         """Solve `F_y' q = b` at y from a guess until the error is at most the tolerance."""
 
     @abc.abstractmethod
-    def least_value(self, at: Fixed, known: Known, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
-        """About the least value that J can have at the exact state, to first order, without an
-        adjoint: it decides whether an adjoint is worth solving, never what is claimed."""
+    def least_value(self, at: Fixed, known: Known, error: Scalar, j: Scalar, g_y: Vector) -> Scalar:
+        """About the least value that J can have at a state so far away, to first order, without an
+        adjoint: it decides whether more work is worth it, never what is claimed."""
 
     @abc.abstractmethod
     def errors(
@@ -306,13 +304,13 @@ class Energy(Minimization):
         known: Known,
         y: Vector,
         tolerance: Scalar,
-        effort: ArrayLike = jnp.inf,
+        limit: Limit = NO_LIMIT,
     ) -> Solved:
         # Bounds grow like exp(M |y - y*|): where that exceeds 1 they say nothing, and Newton's
         # method, which converges quadratically from about there, gets below it almost for free.
         root = jnp.sqrt(jnp.min(known.lower_bound))
         useful = root / jnp.maximum(known.self_concordance, jnp.finfo(y.dtype).tiny * root)
-        solved = self._state(at, known, y, jnp.minimum(tolerance, useful), effort)
+        solved = self._state(at, known, y, jnp.minimum(tolerance, useful), limit)
         enough = (solved.error <= tolerance) & (
             (solved.status == PointStatus.inaccurate) | (solved.status == PointStatus.floor)
         )
@@ -324,9 +322,9 @@ class Energy(Minimization):
     ) -> Solved:
         return self._adjoint(at, known, y, b, guess, tolerance)[1]
 
-    def least_value(self, at: Fixed, known: Known, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
+    def least_value(self, at: Fixed, known: Known, error: Scalar, j: Scalar, g_y: Vector) -> Scalar:
         del at
-        return j - dual_norm(g_y, known.lower_bound) * state.error
+        return j - dual_norm(g_y, known.lower_bound) * error
 
     def errors(
         self, at: Fixed, known: Known, state: Solved, adjoint: Solved, j: Scalar, g_y: Vector
@@ -414,14 +412,18 @@ class Euclidean(Minimization):
         known: Known,
         y: Vector,
         tolerance: Scalar,
-        effort: ArrayLike = jnp.inf,
+        limit: Limit = NO_LIMIT,
     ) -> Solved:
         mu = jnp.min(known.lower_bound)
         m = known.self_concordance
         flat = Known(jnp.full_like(y, mu), m, known.estimates, known.work)
         # |r|_{D^-1} = |r| / sqrt(mu) <= sqrt(mu) eps is |r| <= mu eps.
-        solved = self._state(at, flat, y, jnp.sqrt(mu) * tolerance, effort)
-        return eqx.tree_at(lambda s: s.error, solved, solved.error / jnp.sqrt(mu))
+        root = jnp.sqrt(mu)
+        hopeless = limit.hopeless
+        if hopeless is not None:
+            limit = limit._replace(hopeless=lambda y, t: hopeless(y, t / root))
+        solved = self._state(at, flat, y, root * tolerance, limit)
+        return eqx.tree_at(lambda s: s.error, solved, solved.error / root)
 
     def smooth(self, at: Fixed, known: Known) -> Smooth:
         lower = super().smooth(at, known)
@@ -444,9 +446,9 @@ class Euclidean(Minimization):
         solve, solved = residual_only._adjoint(at, flat, y, b, guess, tolerance / jnp.sqrt(mu))
         return eqx.tree_at(lambda s: s.error, solved, jnp.linalg.norm(solve.residual))
 
-    def least_value(self, at: Fixed, known: Known, state: Solved, j: Scalar, g_y: Vector) -> Scalar:
+    def least_value(self, at: Fixed, known: Known, error: Scalar, j: Scalar, g_y: Vector) -> Scalar:
         del at, known
-        return j - jnp.linalg.norm(g_y) * state.error
+        return j - jnp.linalg.norm(g_y) * error
 
     def errors(
         self, at: Fixed, known: Known, state: Solved, adjoint: Solved, j: Scalar, g_y: Vector

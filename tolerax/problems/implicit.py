@@ -28,6 +28,7 @@ from tolerax.contracts import (
     tree_all_finite,
 )
 from tolerax.inner.metric import Metric
+from tolerax.inner.minimizers import Limit
 from tolerax.status import PointStatus
 
 Vector = Float[Array, " n"]
@@ -214,13 +215,19 @@ class Implicit(Problem):
     ) -> Evaluation:
         at = Fixed(self, x)
         known = self.norm.constants(at, carry)
-        state = self.norm.solve_state(at, known, carry.y, accuracy.state, effort)
+
+        def hopeless_at(y: Vector, error: Scalar) -> Array:
+            j, g_y = jax.value_and_grad(at.cost)(y)
+            return self.norm.least_value(at, known, error, j, g_y) > cutoff
+
+        limit = Limit(effort, hopeless_at)
+        state = self.norm.solve_state(at, known, carry.y, accuracy.state, limit)
         if state.memory is not None:
             known = eqx.tree_at(lambda k: k.memory, known, state.memory)
         y, r = state.vector, state.residual
         j, g_y = jax.value_and_grad(at.cost)(y)
         # A hopeless point needs no adjoint: the guess is good enough to say so.
-        hopeless = self.norm.least_value(at, known, state, j, g_y) > cutoff
+        hopeless = self.norm.least_value(at, known, state.error, j, g_y) > cutoff
         hopeless = hopeless | (state.work.units >= effort)
         adjoint_tolerance = jnp.where(hopeless, jnp.inf, accuracy.adjoint)
         adjoint = self.norm.solve_adjoint(at, known, y, g_y, carry.q, adjoint_tolerance)

@@ -16,6 +16,7 @@ from tolerax.inner.levenberg_marquardt import (
     LeastSquaresResult,
     check_lanes,
 )
+from tolerax.inner.minimizers import NO_LIMIT, Limit
 from tolerax.inner.residuals import structured
 from tolerax.problems.implicit import BackwardReport, Fixed, Implicit, Solved
 from tolerax.status import PointStatus
@@ -97,10 +98,10 @@ class InLanes(eqx.Module):
         return 0.5 * jnp.sum(rows * rows) + 0.5 * jnp.sum(ridge[:, None] * w * w) + tied
 
     def solve_state(
-        self, at: Fixed, known: None, y: Vector, tolerance: Array, effort: ArrayLike = jnp.inf
+        self, at: Fixed, known: None, y: Vector, tolerance: Array, limit: Limit = NO_LIMIT
     ) -> Solved:
         """Solve in all lanes; `lanes` of the answer is what the solver returned."""
-        del known, effort
+        del known, limit
         w = y.reshape(at.problem.y0.shape)
         options = {"tolerance": tolerance, "ridge": self.ridge, "bounds": self.bounds}
         options["radius"] = self.radius

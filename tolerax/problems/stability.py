@@ -13,6 +13,7 @@ from tolerax.contracts import Provenance, Work
 from tolerax.inner.estimates import largest_singular_value, smallest_eigenvalue
 from tolerax.inner.gmres import GMRES
 from tolerax.inner.krylov import LinearResult
+from tolerax.inner.minimizers import NO_LIMIT, Limit
 from tolerax.inner.minres import MINRES
 from tolerax.inner.roots import NewtonKrylov, dual_size
 from tolerax.problems.constants import constant, origin
@@ -180,10 +181,10 @@ class Stability(eqx.Module):
         known: KnownStability,
         y: Vector,
         tolerance: Scalar,
-        effort: ArrayLike = jnp.inf,
+        limit: Limit = NO_LIMIT,
     ) -> Solved:
         """Solve for the state from the guess y until its error is at most the tolerance."""
-        del effort  # Newton's method with GMRES has its own, small limit of steps
+        del limit  # Newton's method with GMRES has its own, small limit of steps
         solve = self.state_solver(
             at.residual,
             y,
@@ -273,11 +274,11 @@ class Stability(eqx.Module):
         return Solved(solve.x, solve.residual, error, zero, work, status, {})
 
     def least_value(
-        self, at: Fixed, known: KnownStability, state: Solved, j: Scalar, g_y: Vector
+        self, at: Fixed, known: KnownStability, error: Scalar, j: Scalar, g_y: Vector
     ) -> Scalar:
-        """About the least value at the exact state, to first order, without an adjoint."""
+        """About the least value at a state so far away, to first order, without an adjoint."""
         del known
-        return j - dual_size(g_y, self.inverse(at)) * state.error
+        return j - dual_size(g_y, self.inverse(at)) * error
 
     def errors(
         self,

@@ -193,7 +193,7 @@ class IntervalSearch(Solver):
         cutoff = jnp.where(state.mode == TRIAL, now.f + now.f_error, jnp.inf)
         # Nor to pay many times what any point on the way here has cost.
         most = jnp.iinfo(state.dearest.dtype).max
-        effort = jnp.where(state.mode == TRIAL, 5 * jnp.maximum(state.dearest, 40), most)
+        effort = jnp.where(state.mode == TRIAL, 3 * jnp.maximum(state.dearest, 40), most)
         return Query(
             state.box.unravel(x),
             state.request,
@@ -425,8 +425,8 @@ class IntervalSearch(Solver):
             # Without curvature the step was too short: the secant of the slopes says by how much,
             # and the next one goes further the same way.
             longer = ~keep & (slope_there < 0.9 * slope) & (not self.patient)
-            stretch = jnp.clip(slope / (slope - slope_there), 2, 10)
-            stretch = jnp.where(slope_there < slope, 10, stretch)
+            stretch = jnp.clip(slope / (slope - slope_there), 2, 4)
+            stretch = jnp.where(slope_there < slope, 4, stretch)
             new = _replace(
                 state,
                 now=told,
