@@ -194,6 +194,14 @@ def test_a_hopeless_point_costs_less_and_its_interval_still_holds(penalties):
     assert gradient <= early.gradient_error
     hopeful = ask(penalties.problem, x, 1e-3, 1e-8, cutoff=jnp.asarray(2 * truth.value))
     assert hopeful.value == full.value
+    # Nor is the state solved for to the end, once it is certain that it is not worth it.
+    tight, cut = (
+        ask(penalties.problem, x, 1e-9, 1e-8, cutoff=jnp.asarray(factor * truth.value))
+        for factor in (2.0, 0.5)
+    )
+    assert cut.achieved.state > 1e-9
+    assert cut.work.lower_gradients < tight.work.lower_gradients
+    assert abs(float(cut.value) - truth.value) <= cut.value_error
 
 
 def test_the_work_of_a_quadratic_is_what_theory_says():
