@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 
 import tolerax
 
@@ -65,7 +65,7 @@ print(f"links are off by {solution.violation:.0e}")
 # follows from the length. The horizontal part of the force is the same in every link, which the
 # multipliers show without having been told.
 
-c = brentq(lambda c: 2 * c * np.sinh(width / (2 * c)) - length, 0.05, 10)
+c = root_scalar(lambda c: 2 * c * np.sinh(width / (2 * c)) - length, bracket=(0.05, 10)).root
 a = np.linspace(0, width, 200)
 catenary = c * (np.cosh((a - width / 2) / c) - np.cosh(width / (2 * c)))
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
