@@ -3,7 +3,7 @@ asking for accuracy only where a test needs it. Where directions come from is le
 
 import abc
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,78 +13,18 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.solvers._common import Box, Geometry, failure, resolution, select, success
+from tolerax.solvers._search_state import (
+    AHEAD,
+    BEHIND,
+    INCUMBENT,
+    TRIAL,
+    Answer,
+    Direction,
+    Incumbent,
+    SearchState,
+    Todo,
+)
 from tolerax.status import PointStatus, Status, is_failed
-
-INCUMBENT, TRIAL, AHEAD, BEHIND = range(4)
-
-
-class Incumbent(eqx.Module):
-    """The current point and what is known there."""
-
-    x: Float[Array, " n"]
-    f: Float[Array, ""]
-    f_error: Float[Array, ""]
-    z: Float[Array, " n"]
-    z_error: Float[Array, ""]
-    parts: Accuracy
-    achieved: Accuracy
-    carry: PyTree
-
-
-class SearchState(eqx.Module):
-    """What evolves: the incumbent, what directions are made from, the search along `p`, the
-    request."""
-
-    now: Incumbent
-    model: PyTree
-    p: Float[Array, " n"]
-    step: Float[Array, ""]
-    trials: Int[Array, ""]
-    restarted: Bool[Array, ""]
-    mode: Int[Array, ""]
-    request: Accuracy
-    trial_carry: PyTree
-    ahead: Float[Array, ""]
-    refinements: Int[Array, ""]
-    iterations: Int[Array, ""]
-    dearest: Int[Array, ""]
-    scale: Float[Array, ""]
-    f_scale: Float[Array, ""]
-    decrease: Float[Array, ""]
-    box: Box
-    done: Bool[Array, ""]
-    status: Any
-
-
-class Answer(NamedTuple):
-    """What an answer says beside values: its outcome, which success it would support, and the
-    geometry and the Hessian of the problem."""
-
-    failed: Bool[Array, ""]
-    status: Any
-    converged: Any
-    geometry: Geometry
-    hessian: Any
-
-
-class Todo(NamedTuple):
-    """What is left to do after an answer: plan a direction; end if that finds none (`hopeless`); go
-    on the same way by the factor `stretch` unless that is 0."""
-
-    plan: Bool[Array, ""]
-    hopeless: Bool[Array, ""]
-    stretch: Float[Array, ""]
-
-
-class Direction(NamedTuple):
-    """A direction `-h`: whether it knows of curvature (a `fresh` one does not, and has its length
-    from `first_step`), the gradient that is to be expected after the step, and the model."""
-
-    h: Float[Array, " n"]
-    fresh: Bool[Array, ""]
-    ready: Bool[Array, ""]
-    expected: Float[Array, ""]
-    model: PyTree
 
 
 class IntervalSearch(Solver):

@@ -7,7 +7,8 @@ from jaxtyping import Array, Bool, Float
 
 from tolerax.inner.lbfgs import Pairs, add_pair, inverse_product, no_pairs
 from tolerax.solvers._common import Geometry, select
-from tolerax.solvers._search import Answer, Direction, Incumbent, IntervalSearch, SearchState
+from tolerax.solvers._search import IntervalSearch
+from tolerax.solvers._search_state import Answer, Direction, Incumbent, SearchState
 
 
 class InexactLineSearch(IntervalSearch):

@@ -10,13 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tolerax.contracts import Evaluation, Query, Start, Work, product
 from tolerax.solvers._common import Geometry
-from tolerax.solvers._search import (
-    Answer,
-    Direction,
-    Incumbent,
-    IntervalSearch,
-    SearchState,
-)
+from tolerax.solvers._search import IntervalSearch
+from tolerax.solvers._search_state import Answer, Direction, Incumbent, SearchState
 
 Vector = Float[Array, " n"]
 Scalar = Float[Array, ""]
