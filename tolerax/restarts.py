@@ -79,7 +79,7 @@ def solve_with_restarts(
             **options,
         )
         spent = spent + solution.work
-        feasible = float(solver.feasibility)
+        feasible = float(jnp.asarray(solver.feasibility))
         best = solution if best is None or _better(solution, best, feasible) else best
         if any(bool(solution.status == status) for status in FINAL):
             break

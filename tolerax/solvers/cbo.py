@@ -335,7 +335,7 @@ class CBO(Population):
             best_x=jnp.where(lower, x[lowest], state.best_x),
         )
         pull = None
-        if self.constraint_drift is not None:
+        if state.limits is not None:
             pull = _linearized(evaluation, state.limits)
         moved = self._moved(now, x, energy, violation, ok, gradient, pull)
         # After probes the particles go on from there when one of them was lower, else all is over.
