@@ -16,7 +16,7 @@ from tolerax.status import PointStatus
 
 Lane = Float[Array, " k"]
 Rows = Float[Array, "k n"]
-STEPS = 20
+STEPS, RESTORE = 20, 10
 
 
 def hold(
@@ -51,7 +51,11 @@ def hold(
 
         def newton(state: tuple) -> tuple:
             w, multipliers, size, _, _, step = state
-            H, g, c, A = _system(fun, held, w, multipliers, data, more, ridge)
+            exact, g, c, A, convex = _system(fun, held, w, multipliers, data, more, ridge)
+            # Descent needs a matrix that is positive definite where the equations leave room.
+            weight = jnp.trace(convex) / jnp.maximum(jnp.sum(A * A), eps)
+            factor = jnp.linalg.cholesky(exact + 10 * weight * A.T @ A, symmetrize_input=False)
+            H = jnp.where(jnp.all(jnp.isfinite(factor)), exact, convex)
             matrix = jnp.block([[H, A.T], [A, jnp.zeros((len(c), len(c)), w.dtype)]])
             change = _solve(matrix, -jnp.concatenate([g, c]))
             p = change[: len(w)]
@@ -62,7 +66,20 @@ def hold(
 
         inf = jnp.array(jnp.inf, w.dtype)
         start = (w, first, inf, inf, inf, 0)
-        return jax.lax.while_loop(unfinished, newton, start)[:4]
+        w, multipliers, size, length, _, _ = jax.lax.while_loop(unfinished, newton, start)
+
+        def restored(state: tuple) -> tuple:
+            w, _, step = state
+            _, _, c, A, H = _system(fun, held, w, multipliers, data, more, ridge)
+            matrix = jnp.block([[H, A.T], [A, jnp.zeros((len(c), len(c)), w.dtype)]])
+            w = w + _solve(matrix, jnp.concatenate([jnp.zeros_like(w), -c]))[: len(w)]
+            return w, jnp.max(jnp.abs(held(w, more))), step + 1
+
+        # What does not converge holds the equations all the same.
+        more_steps = lambda s: (s[1] > 10 * eps) & (s[2] < RESTORE) & ~failed  # noqa: E731
+        off = jnp.where(size <= 1e-12, 0, size)
+        w, off, _ = jax.lax.while_loop(more_steps, restored, (w, off, 0))
+        return w, multipliers, jnp.where(off > 0, off, size), length
 
     failed = jax.vmap(lambda s: s == PointStatus.failed)(found.status)
     w, multipliers, size, length = jax.lax.map(
@@ -106,7 +123,7 @@ def solve_held(
 
     def lane(y: Array, data: PyTree, more: PyTree, b: Array, ridge: Array) -> tuple:
         n = y.size - rows_held
-        H, _, c, A = _system(fun, held, y[:n], y[n:], data, more, ridge)
+        H, _, c, A, _ = _system(fun, held, y[:n], y[n:], data, more, ridge)
         matrix = jnp.block([[H, A.T], [A, jnp.zeros((len(c), len(c)), y.dtype)]])
         q = _solve(matrix, b)
         rest = b - matrix @ q
@@ -138,11 +155,13 @@ def _system(
     data: PyTree,
     more: PyTree,
     ridge: Array,
-) -> tuple[Array, Array, Array, Array]:
-    """Hessian of the Lagrangian in w, gradient of the cost, the equations and their derivatives."""
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Hessian of the Lagrangian in w, gradient of the cost, the equations, their derivatives, and
+    the Hessian without second derivatives."""
     r, J = fun.with_jacobian(w, data)
     one = jax.tree.map(lambda leaf: leaf[None], J)
-    H = gram(one)[0] + ridge * jnp.eye(len(w), dtype=w.dtype) + fun.curvature(w, data, r)
+    convex = gram(one)[0] + ridge * jnp.eye(len(w), dtype=w.dtype)
+    H = convex + fun.curvature(w, data, r)
     H = H + jax.hessian(lambda w: jnp.vdot(multipliers, held(w, more)))(w)
     g = transposed(one, r[None])[0] + ridge * w
-    return H, g, held(w, more), jax.jacrev(lambda w: held(w, more))(w)
+    return H, g, held(w, more), jax.jacrev(lambda w: held(w, more))(w), convex

@@ -134,12 +134,14 @@ class DiffusionSorption(eqx.Module):
         ends = np.round(np.linspace(0, len(self.t) - 1, self.spans + 1)).astype(int)
         rows = np.zeros((self.spans, len(self.t)))
         for k, (a, b) in enumerate(itertools.pairwise(ends)):
-            rows[k, a : b + 1] = _quadrature(int(b - a) + 1, float(self.t[1]))
+            rows[k, a : b + 1] = _quadrature(int(b - a) + 1, 1 / (len(self.t) - 1))
         return held[ends[1:]] - held[ends[:-1]] - jnp.asarray(rows) @ came
 
     def storage(self, u: Float[Array, "x t"], soil: Soil) -> Float[Array, " t"]:
         """How much substance is stored at each time, the integral of m(u)."""
-        return jnp.asarray(_quadrature(len(self.x), float(self.x[1]))) @ stored(u, soil.exponent)
+        return jnp.asarray(_quadrature(len(self.x), 1 / (len(self.x) - 1))) @ stored(
+            u, soil.exponent
+        )
 
     def solve(self, soils: Soil, refine: int = 4) -> Float[Array, "b x t"]:
         """Reference fields: Crank-Nicolson steps of finite volumes, `refine` times as fine in space
