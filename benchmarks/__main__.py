@@ -16,6 +16,7 @@ BENCHMARKS = {
     "cutest": "benchmarks.cutest",
     "pde": "benchmarks.pde",
     "dfo": "benchmarks.dfo",
+    "attack": "benchmarks.attack",
 }
 
 

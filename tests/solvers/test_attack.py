@@ -84,6 +84,18 @@ def test_constraints_are_met_where_attacks_and_models_end():
     np.testing.assert_allclose(solution.x, np.array([2.0, 1.0]) / np.sqrt(5), atol=0.05)
 
 
+def test_a_penalty_that_grows_is_no_progress():
+    """Nothing here is feasible and the penalty grows with every gradient: the turns come to an end
+    all the same."""
+    problem = Objective(
+        lambda x: jnp.sum(x**2), bounds=(-1.0, 1.0), constraints=lambda x: 2.0 + 0 * x[0]
+    )
+    solver = DirectionalAttack(then=(tolerax.ModelTrustRegion(),))
+    solution = tolerax.solve(problem, solver, jnp.ones(2), max_steps=400)
+    assert solution.status == Status.stalled
+    assert float(solution.violation) == 2.0
+
+
 def test_without_derivatives_gradients_are_estimated():
     problem = Objective(lambda x: float(bowl(x)), host=True)
     solution = tolerax.solve(

@@ -16,6 +16,7 @@ from tolerax.inner.particles import only_rows
 from tolerax.inner.positive_bases import positive_basis
 from tolerax.solvers._common import Box, select
 from tolerax.solvers._population import check_positive, flat
+from tolerax.solvers.cdsm import CDSM
 from tolerax.solvers.model_trust_region import ModelTrustRegion, first_radius
 from tolerax.status import Status, is_failed, is_success
 
@@ -73,7 +74,8 @@ class DirectionalAttack(Solver):
     inherits none of their guarantees.
 
     - `then`: a tuple of solvers that ask for values at batches of points; by default a
-      [`ModelTrustRegion`][] with this `tol`. With an empty one a run ends where attacks stall.
+      [`ModelTrustRegion`][] with this `tol`, and [`CDSM`][] too where there are constraints, along
+      whose edges models of a penalty jam. With an empty one a run ends where attacks stall.
     - `radius`: the unit of each variable, and the first length: a number or a pytree like x; by
       default a fifth of the distance of the bounds, and `max(1, |x0|) / 2` for variables without.
     - `gain`: see above. - `burst`: points of the first turn, in multiples of n + 1.
@@ -113,12 +115,15 @@ class DirectionalAttack(Solver):
             if getattr(self, name) < (name == "memory"):
                 raise ValueError(f"{name} is {getattr(self, name)}: give a larger integer.")
 
-    @property
-    def _others(self) -> tuple[Solver, ...]:
+    def _others(self, limits: tuple[PyTree, PyTree] | None) -> tuple[Solver, ...]:
         if self.then is not None:
             return self.then
-        # Its fields are set afterwards, since they may be traced.
-        return (eqx.tree_at(lambda s: s.tol, ModelTrustRegion(batch=16), self.tol),)
+        # Their fields are set afterwards, since they may be traced.
+        models = eqx.tree_at(lambda s: s.tol, ModelTrustRegion(batch=16), self.tol)
+        if limits is None:
+            return (models,)
+        fields = (self.tol, self.feasible_within)
+        return models, eqx.tree_at(lambda s: (s.tol, s.feasible_within), CDSM(), fields)
 
     @property
     def honours_bounds(self) -> bool:
@@ -140,7 +145,8 @@ class DirectionalAttack(Solver):
         box = Box.of(start)
         unit = first_radius(self.radius, start, box)
         inf, count = jnp.array(jnp.inf, dtype), jnp.array(0)
-        keys = jax.random.split(start.key, len(self._others) + 1)
+        then = self._others(start.constraint_bounds)
+        keys = jax.random.split(start.key, len(then) + 1)
         u = x0 / unit
         state = AttackState(
             x=u,
@@ -156,12 +162,12 @@ class DirectionalAttack(Solver):
             gains=jnp.full(3, jnp.inf, dtype),
             others=tuple(
                 solver.init(_start(start, start.x, key))
-                for solver, key in zip(self._others, keys[1:], strict=True)
+                for solver, key in zip(then, keys[1:], strict=True)
             ),
             turn=count,
             spent=count,
             burst=jnp.array(self.burst * (n + 1), jnp.int64 if dtype == jnp.float64 else jnp.int32),
-            over=jnp.zeros(len(self._others), bool),
+            over=jnp.zeros(len(then), bool),
             at_turn=inf,
             penalty=jnp.asarray(self.penalty, dtype),
             iteration=count,
@@ -185,7 +191,7 @@ class DirectionalAttack(Solver):
         asked = [self._attack(state)]
         asked += [
             _rows(solver.ask(other))
-            for solver, other in zip(self._others, state.others, strict=True)
+            for solver, other in zip(self._others(state.limits), state.others, strict=True)
         ]
         width = max(mask.shape[0] for _, mask in asked)
         which = jnp.where(state.mode == OTHER, 1 + state.turn, 0)
@@ -230,7 +236,7 @@ class DirectionalAttack(Solver):
         ]
         branches += [
             lambda i=i: self._tell_other(i, state, query, evaluation, *told)
-            for i in range(len(self._others))
+            for i in range(len(state.others))
         ]
         which = jnp.where(state.mode == OTHER, 2 + state.turn, state.mode)
         return jax.lax.switch(which, branches)
@@ -270,7 +276,8 @@ class DirectionalAttack(Solver):
             before=(state.x, g),
             pairs=select(known, pairs, state.pairs),
             momentum=0.9 * state.momentum + jnp.where(usable, jnp.where(free, g, 0) / length, 0),
-            began=jnp.where(jnp.isfinite(state.began), state.began, here),
+            # In the new penalty, or every gain would look large beside what was gained before.
+            began=jnp.where(jnp.isfinite(state.began), state.began, here) + more * violation[0],
             mode=jnp.array(LADDER),
         )
         state = dataclasses.replace(state, rungs=self._ladder(state, free))
@@ -370,7 +377,7 @@ class DirectionalAttack(Solver):
 
     def _others_turn(self, state: AttackState) -> AttackState:
         """Those of `then` begin at the best point."""
-        if not self._others:
+        if not state.others:
             found = jnp.isfinite(state.energy)
             status = Status.where(found, Status.stalled, Status.all_failed)
             return dataclasses.replace(state, done=jnp.array(True), status=status)
@@ -386,11 +393,11 @@ class DirectionalAttack(Solver):
     def _begun(self, state: AttackState) -> tuple[State, ...]:
         x = state.box.unravel(state.box.clip(state.unit * state.x))
         bounds = (state.box.unravel(state.box.lower), state.box.unravel(state.box.upper))
-        keys = jax.random.split(jax.random.fold_in(state.key, state.iteration), len(self._others))
+        then = self._others(state.limits)
+        keys = jax.random.split(jax.random.fold_in(state.key, state.iteration), len(then))
         start = Start(x, bounds, None, keys[0], _nothing, state.limits)
         return tuple(
-            solver.init(_start(start, x, key))
-            for solver, key in zip(self._others, keys, strict=True)
+            solver.init(_start(start, x, key)) for solver, key in zip(then, keys, strict=True)
         )
 
     def _tell_other(
@@ -405,7 +412,7 @@ class DirectionalAttack(Solver):
     ) -> AttackState:
         """Tell one of them, and see whose turn is next."""
         del violation
-        solver, other = self._others[i], state.others[i]
+        solver, other = self._others(state.limits)[i], state.others[i]
         own = solver.ask(other)
         rows = slice(1, 1 + _rows(own)[1].shape[0])
         cut = lambda leaf: leaf[rows]  # noqa: E731
@@ -451,7 +458,7 @@ class DirectionalAttack(Solver):
     def _after_turn(self, i: int, state: AttackState, better: Array, status: Any) -> AttackState:
         """Attack again where the others have moved on; else the next one's turn, for longer after a
         round of them."""
-        count = len(self._others)
+        count = len(state.others)
         last = i == count - 1
         following = jnp.array((i + 1) % count)
         if count > 1:
