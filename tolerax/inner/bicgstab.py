@@ -60,19 +60,27 @@ class BiCGStab(eqx.Module):
         # Lineax measures residuals entry by entry against atol.
         entry: Any = 0.5 * wanted / jnp.sqrt(b.size)
 
-        def correct() -> tuple[Vector, Array]:
+        def one_step() -> Vector:
+            # The step along the residual that leaves the least of it: all of the way where b is an
+            # eigenvector, for which the recurrence ends in 0/0.
+            image = operator(before)
+            return jnp.dot(image, before) / jnp.dot(image, image) * before
+
+        def correct() -> tuple[Vector, Array, Array]:
             method = lx.BiCGStab(rtol=0.0, atol=entry, max_steps=self.max_steps)
             solution = lx.linear_solve(wrapped, before, method, options=options, throw=False)
             steps = jnp.asarray(solution.stats["num_steps"], jnp.result_type(int))
-            return x0 + jnp.where(jnp.isfinite(solution.value), solution.value, 0), steps
+            broke = ~jnp.all(jnp.isfinite(solution.value))
+            step = jax.lax.cond(broke, one_step, lambda: solution.value)
+            return x0 + jnp.where(jnp.isfinite(step), step, 0), steps, broke.astype(steps.dtype)
 
         none = jnp.array(0, jnp.result_type(int))
         enough = (first <= wanted) | ~jnp.isfinite(first)
-        x, steps = jax.lax.cond(enough, lambda: (x0, none), correct)
+        x, steps, broke = jax.lax.cond(enough, lambda: (x0, none, none), correct)
         residual = b - operator(x)
         norm = jnp.linalg.norm(residual)
         better = norm <= first
         x, residual = jnp.where(better, x, x0), jnp.where(better, residual, before)
         norm = jnp.where(better, norm, first)
-        more = 2 * steps + 2
+        more = 2 * steps + 2 + broke
         return LinearResult.by_residual(x, residual, norm, first, wanted, c, steps, more)
