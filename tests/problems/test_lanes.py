@@ -121,8 +121,8 @@ def test_lanes_that_fail_have_no_gradient_and_say_so():
     failed = np.asarray(found.status == tolerax.PointStatus.failed)
     assert failed.tolist() == [False, False, True, False]
     # Without a ridge a coefficient with a column of zeros is not determined: no derivative, and no
-    # number in its place. (Columns that depend on each other leave a pivot of rounding errors, which
-    # is or is not seen.)
+    # number in its place. (Columns that depend on each other leave a pivot of rounding errors,
+    # which is or is not seen.)
     A = A.at[0, :, 1].set(0.0)
     (slope, report), _ = gradient(A, b, START, 0.0)
     assert report.failed.tolist() == [1, 0, 0, 0]
