@@ -200,7 +200,10 @@ def factored(H: Square) -> Callable[[Rows], Rows]:
     scale = _lengths(H)
     unit = H / (scale[:, :, None] * scale[:, None, :])
     factor = jnp.linalg.cholesky(unit, symmetrize_input=False)
-    factor, fine = _safe(factor)
+    # A pivot that is rounding may come out with either sign.
+    pivots = jnp.diagonal(factor, axis1=1, axis2=2) ** 2
+    sound = jnp.min(pivots, axis=1) > scale.shape[1] * jnp.finfo(H.dtype).eps
+    factor, fine = _safe(jnp.where(sound[:, None, None], factor, jnp.nan))
 
     def by_eigenvectors() -> tuple[Rows, Square]:
         values, V = jnp.linalg.eigh(unit)
