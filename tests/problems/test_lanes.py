@@ -120,13 +120,12 @@ def test_lanes_that_fail_have_no_gradient_and_say_so():
     np.testing.assert_allclose(slope[np.array(others)], clean[np.array(others)], rtol=1e-9)
     failed = np.asarray(found.status == tolerax.PointStatus.failed)
     assert failed.tolist() == [False, False, True, False]
-    # Without a ridge the sum of the coefficients is not determined by two equal columns with
-    # opposite signs, nor a coefficient by a column of zeros: no derivative, and no number in its
-    # place.
-    for column in (-A[0, :, 0], jnp.zeros_like(A[0, :, 0])):
-        (slope, report), _ = gradient(A.at[0, :, 1].set(column), b, START, 0.0)
-        assert report.failed.tolist() == [1, 0, 0, 0]
-        assert np.all(np.asarray(slope)[0] == 0)
+    # Without a ridge a coefficient with a column of zeros is not determined: no derivative, and no
+    # number in its place.
+    A = A.at[0, :, 1].set(0.0)
+    (slope, report), _ = gradient(A, b, START, 0.0)
+    assert report.failed.tolist() == [1, 0, 0, 0]
+    assert np.all(np.asarray(slope)[0] == 0)
 
 
 def test_variables_at_a_bound_do_not_move():

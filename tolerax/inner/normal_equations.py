@@ -200,9 +200,10 @@ def factored(H: Square) -> Callable[[Rows], Rows]:
     scale = _lengths(H)
     unit = H / (scale[:, :, None] * scale[:, None, :])
     factor = jnp.linalg.cholesky(unit, symmetrize_input=False)
+    rounding = 10 * scale.shape[1] * jnp.finfo(H.dtype).eps
     # A pivot that is rounding may come out with either sign.
     pivots = jnp.diagonal(factor, axis1=1, axis2=2) ** 2
-    sound = jnp.min(pivots, axis=1) > scale.shape[1] * jnp.finfo(H.dtype).eps
+    sound = jnp.min(pivots, axis=1) > rounding
     factor, fine = _safe(jnp.where(sound[:, None, None], factor, jnp.nan))
 
     def by_eigenvectors() -> tuple[Rows, Square]:
@@ -212,7 +213,7 @@ def factored(H: Square) -> Callable[[Rows], Rows]:
     nothing = lambda: (jnp.ones_like(scale), jnp.zeros_like(unit))  # noqa: E731
     values, V = jax.lax.cond(jnp.all(fine), nothing, by_eigenvectors)
     size = jnp.max(jnp.abs(values), axis=1, keepdims=True)
-    kept = jnp.abs(values) > 10 * scale.shape[1] * jnp.finfo(H.dtype).eps * size
+    kept = jnp.abs(values) > rounding * size
 
     def solve(b: Rows) -> Rows:
         b = b / scale
