@@ -59,6 +59,12 @@ def test_a_feasible_point_wins_over_a_lower_one():
     assert float(solution.violation) <= solver.feasibility
 
 
+def test_a_run_cannot_be_the_start():
+    state = tolerax.solve(PROBLEM, FEW, START, max_steps=1).state
+    with pytest.raises(TypeError, match="x0 is the state of a run"):
+        solve_with_restarts(PROBLEM, FEW, state)
+
+
 def test_minimize_restarts():
     options = {
         "particles": 4,

@@ -11,7 +11,7 @@ import pytest
 
 import tolerax
 from tolerax import Boxes, Equation, HardConstrained
-from tolerax.checkpoint import Checkpoint
+from tolerax.checkpoint import Checkpoint, CheckpointError
 from tolerax.training import Forcing, Trained, train
 
 X = jnp.linspace(0, 1, 12)
@@ -70,6 +70,20 @@ def test_an_interrupted_run_arrives_at_the_same_bits(tmp_path):
     assert {"value", "gradient", "tolerance"} <= set(seen[0][1])
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    saved = Checkpoint(tmp_path / "run", every_steps=1)
+
+    def interrupt(state):
+        raise StopIteration
+
+    run(checkpoint=saved, callback=interrupt)
+    other = eqx.tree_at(lambda layer: layer.ridge, LAYER, 1e-3)
+    with pytest.raises(CheckpointError, match="training"):
+        train(other, RATES, ADAM, **OPTIONS, checkpoint=saved)
+    with pytest.raises(CheckpointError, match="training"):
+        run(RATES + 0.1, checkpoint=saved)
 
 
 def test_a_sample_that_is_no_number_counts_nothing(caplog):

@@ -11,7 +11,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from tolerax.contracts import Problem, Solver, Work
 from tolerax.driver import solve
-from tolerax.solution import Solution
+from tolerax.solution import Run, Solution
 from tolerax.status import Status
 
 #: What another run would end with as well.
@@ -54,11 +54,14 @@ def solve_with_restarts(
     for name, value, least in (("restarts", restarts, 0), ("growth", growth, 1)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}: give an integer of at least {least}.")
+    if isinstance(x0, Run):
+        raise TypeError("x0 is the state of a run: give a point, from which every run starts.")
     if "checkpoint" in options:
         raise ValueError("checkpoint holds one run, not a series: leave it out, or use `solve`.")
     if restarts and growth > 1 and solver.larger(2) is solver:
         raise ValueError(
-            f"growth is {growth}, but {type(solver).__name__} has no population: give growth=1."
+            f"growth is {growth}, but {type(solver).__name__} has no population: give growth=1, or "
+            "leave restarts out."
         )
     limits = {"units": max_work} if isinstance(max_work, int) else dict(max_work or {})
     key = jax.random.key(0) if key is None else key

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from tolerax.checkpoint import Checkpoint
+from tolerax.checkpoint import Checkpoint, fingerprint
 from tolerax.problems.hard_constrained import Field, HardConstrained, WarmStart
 from tolerax.problems.implicit import BackwardReport
 from tolerax.progress import resolve
@@ -116,7 +116,7 @@ def train(
     - `warm_starts`: whether a sample starts from its coefficients of the last time.
     - `key`: draws batches and collocation points, which change from step to step.
     - `checkpoint`: where the run is saved; if there is something it goes on from there, and arrives
-      at the same bits as one that was never interrupted.
+      at the same bits as one that was never interrupted. One of another training is refused.
     - `progress`: as of [`solve`][]. - `callback(state)`: after each step; `StopIteration` ends the
       run.
 
@@ -153,14 +153,16 @@ def train(
         )
     traced: Any = traced_floats(Forcing() if forcing is None else forcing)
     state = _first(layer, inputs, optimizer, steps, count)
-    if checkpoint is not None and checkpoint.exists():
-        state, _ = checkpoint.load(state)
     meter = resolve(progress)
     meter.start(steps, type(layer.network).__name__)
     saved, message = time.monotonic(), "stopped"
     fixed = eqx.tree_at(lambda layer: layer.network, layer, None, is_leaf=lambda leaf: leaf is None)
     static = eqx.filter(layer.network, eqx.is_inexact_array, inverse=True)
     frozen = (fixed, static)
+    # What a run that goes on must have in common with the one that was saved.
+    same = {"training": fingerprint((frozen, inputs, loss, traced, batch, warm_starts, key))}
+    if checkpoint is not None and checkpoint.exists():
+        state, _ = checkpoint.load(state, expect=same)
     try:
         while (step := int(state.step)) < steps:
             state = _step(state, frozen, inputs, key, traced, optimizer, loss, batch, warm_starts)
@@ -175,7 +177,7 @@ def train(
                 late = time.monotonic() - saved > checkpoint.every_seconds
                 due = checkpoint.every_steps and (step + 1) % checkpoint.every_steps == 0
                 if late or due or step + 1 == steps:
-                    checkpoint.save(state)
+                    checkpoint.save(state, same)
                     saved = time.monotonic()
             if callback is not None:
                 callback(state)

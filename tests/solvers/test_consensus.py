@@ -324,6 +324,20 @@ def test_one_step_along_a_linear_constraint_is_free_and_one_away_from_it_is_not(
     np.testing.assert_allclose(ends[1] @ across, ends[0] @ across, rtol=1e-6, atol=1e-12)
 
 
+def test_a_drift_to_constraints_in_single_precision():
+    problem = Objective(
+        lambda x: jnp.sum(x),
+        constraints=lambda x: jnp.stack([x @ x, x[0]]),
+        constraint_bounds=(jnp.array([1.0, -1.0]), jnp.array([1.0, 1.0])),
+    )
+    start = jnp.array([1.0, 0.0], jnp.float32)
+    solver = CBO(particles=20, constraint_drift=100.0, feasible_within=1e-5)
+    solution = tolerax.solve(problem, solver, start, max_steps=200)
+    assert solution.x.dtype == jnp.float32
+    # The penalty of 1 is less than |grad f|: a violation of 1e-5 lowers the value by that much.
+    np.testing.assert_allclose(solution.x, [-(0.5**0.5)] * 2, atol=3e-2)
+
+
 def test_sets_that_do_not_go_together_are_named():
     with pytest.raises(ValueError, match="take one of mirror and retract"):
         CBO(mirror=Simplex(), retract=Sphere())

@@ -85,7 +85,7 @@ class ImplicitEuler(eqx.Module):
         status = PointStatus.where(ok, status, PointStatus.failed)
         hessian = None
         if derivatives > 1:
-            trail = march.states(trail, back) if march.stored else None
+            trail = march.states(trail) if march.stored else None
             hessian = HessianInTime(problem, x, accuracy, trail)
         return Evaluation(
             value=value,

@@ -357,9 +357,8 @@ class March:
             found.append(jax.jvp(self.assemble, point, (along, dy, change, back.dp[k]))[1])
         return found
 
-    def states(self, trail: Any, back: Back) -> tuple:
-        """States and adjoints after every step."""
-        del back
+    def states(self, trail: Any) -> tuple:
+        """States and adjoints after every step, once both sweeps are done."""
         return trail[0], self.adjoints
 
     def work(self, ahead: Ahead, back: Back) -> Work:

@@ -99,9 +99,10 @@ class CBO(Population):
       bounds or [`Covariance`][].
     - `constraint_drift`: drift towards where the constraints hold, with this rate times dt, by an
       implicit step on half the sum of their squared violations; asks for their derivatives. A step
-      along equality constraints is free, one away from them is shortened. 100 is a good rate.
+      along equality constraints is free, one away from them is shortened.
     - `penalty`: weight of the `violation` of a point in its energy `value + penalty * violation`;
-      grows by half in every step in which the best particle violates more than `feasible_within`.
+      grows by half in every step in which the best particle violates more than `feasible_within`,
+      unless there is a `constraint_drift`.
     - `patience`: steps of agreement before the run may end; until then jumps go on looking for a
       lower value. A large number uses up the budget.
     - `accuracy`: what is asked of problems whose values are not exact; the upper end of the
@@ -462,7 +463,8 @@ def _linearized(
 
     def of_one(values: PyTree, jacobian: Any) -> tuple[Array, Array]:
         flat, unravel = ravel_pytree(values)
-        rows = jax.vmap(lambda v: ravel_pytree(jacobian.rmv(unravel(v)))[0])(jnp.eye(flat.size))
+        eye = jnp.eye(flat.size, dtype=flat.dtype)
+        rows = jax.vmap(lambda v: ravel_pytree(jacobian.rmv(unravel(v)))[0])(eye)
         low, high = limits
         out = flat - jnp.clip(flat, low, high)
         return out, jnp.where(((low == high) | (out != 0))[:, None], rows, 0)

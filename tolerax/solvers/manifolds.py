@@ -36,8 +36,8 @@ class MirrorMap(eqx.Module):
     """The gradient of a convex conjugate, from a space without bounds onto a set.
 
     Particles take their steps in the dual space, where there is room in every direction, and are
-    evaluated at their images. Unlike a projection it moves particles near the boundary less the
-    nearer they are, and never puts two of them on one point.
+    evaluated at their images. Unlike a projection it has an inverse, so that it does not put
+    different particles on one point (up to rounding).
     """
 
     @abc.abstractmethod
