@@ -177,6 +177,7 @@ for ax, (name, picture) in zip(axes, pictures.items(), strict=False):
 for kind in kinds[2:]:
     axes[2].plot(sizes, means[kind], "o-", label=kind)
 axes[2].set(xlabel="points along an axis", ylabel="iterations")
-axes[2].legend()
+axes[2].set_ylim(0, 1.5 * max(means["Poisson"]))  # room for the legend
+axes[2].legend(loc="upper left", fontsize="small", ncols=2)
 figure.tight_layout()
 plt.show()
