@@ -364,7 +364,7 @@ class IntervalSearch(Solver):
             model = self._learned(state, told, keep, gain, geometry)
             # Without curvature the step was too short: the secant of the slopes says by how much,
             # and the next one goes further the same way.
-            longer = ~keep & (slope_there < 0.9 * slope) & (not self.patient)
+            longer = ~keep & (slope_there < 0.5 * slope) & (not self.patient)
             stretch = jnp.clip(slope / (slope - slope_there), 2, 4)
             stretch = jnp.where(slope_there < slope, 4, stretch)
             new = _replace(
