@@ -35,8 +35,13 @@ Trained networks, as a [`LibrarySurrogate`][] each; the networks are trained whe
 | [`digits_counterfactual`][] | 64 latent variables | decoder and classifier | class, shell |
 | [`reactor`][] | coolant, duration | trajectories of a reactor | temperature, conversion, purity |
 
-Families of equations for networks that end in [`HardConstrained`][]: [`DiffusionSorption`][], with
-the network [`SorptionBasis`][] (a [`FourierOperator`][]).
+Families of equations for networks that end in [`HardConstrained`][], with a reference solver whose
+fields can be kept on disk and a network each (a [`FourierOperator`][]):
+
+| family | network | equation |
+|---|---|---|
+| [`DiffusionSorption`][] | [`SorptionBasis`][] | `m(u)_t = D u_xx` |
+| [`NavierStokes`][] | [`VorticityBasis`][] | `w_t + u w_x + v w_y = nu (w_xx + w_yy) + f` |
 
 `seed` draws splits, crops, noise and label flips: tune on some seeds and report on others.
 
@@ -57,6 +62,9 @@ from tolerax.problems.library.evolution import EvolutionExample as EvolutionExam
 from tolerax.problems.library.evolution import burgers_control as burgers_control
 from tolerax.problems.library.evolution import heat_initial_condition as heat_initial_condition
 from tolerax.problems.library.experts import field_of_experts as field_of_experts
+from tolerax.problems.library.navier_stokes import Flow as Flow
+from tolerax.problems.library.navier_stokes import NavierStokes as NavierStokes
+from tolerax.problems.library.navier_stokes import VorticityBasis as VorticityBasis
 from tolerax.problems.library.operators import FourierOperator as FourierOperator
 from tolerax.problems.library.pde import PDEExample as PDEExample
 from tolerax.problems.library.pde import coefficient_inversion as coefficient_inversion

@@ -11,11 +11,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from tolerax.problems.hard_constrained import Equation
 from tolerax.problems.library.base import check_count
+from tolerax.problems.library.kept import kept
 from tolerax.problems.library.operators import FourierOperator, difference_matrix
 
 POROSITY, DENSITY, SORPTION = 0.29, 2880.0, 3.5e-4
 HELD = (1 - POROSITY) / POROSITY * DENSITY * SORPTION
 RAMP = 0.2  # how long the inlet takes
+VERSION = 1  # of what `solve` computes: files of another one are not used
 OUTLET = 3.0  # weight of the condition at the outlet beside the equation
 
 
@@ -143,10 +145,17 @@ class DiffusionSorption(eqx.Module):
             u, soil.exponent
         )
 
-    def solve(self, soils: Soil, refine: int = 4) -> Float[Array, "b x t"]:
+    def solve(self, soils: Soil, refine: int = 4, *, cache: bool = False) -> Float[Array, "b x t"]:
         """Reference fields: Crank-Nicolson steps of finite volumes, `refine` times as fine in space
-        and twice that in time; Newton's method in each step."""
-        return _solved(self, soils, check_count("refine", refine, 1))
+        and twice that in time; Newton's method in each step.
+
+        - `cache`: keep them in the user's cache folder, and look there first (`TOLERAX_CACHE`, if
+          that is set, names another).
+        """
+        refine = check_count("refine", refine, 1)
+        compute = lambda: _solved(self, soils, refine)  # noqa: E731
+        given = (self, soils, refine)
+        return kept(f"diffusion-sorption-{VERSION}", given, compute) if cache else compute()
 
 
 def _quadrature(n: int, h: float) -> np.ndarray:
