@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tolerax import _loop
+from tolerax._steps import RaisedError, Steps
 from tolerax.checkpoint import Checkpoint, fingerprint
 from tolerax.contracts import Problem, Solver
 from tolerax.errors import EvaluationError, WorkersLostError
@@ -19,8 +20,57 @@ from tolerax.status import Status
 SLICE_SECONDS = 0.2
 
 
+class Slices:
+    """A compiled run in slices of about `SLICE_SECONDS`, or, with a callback, in single steps."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        solver: Solver,
+        run: Run,
+        limits: dict[str, Any],
+        callback: Callable[[Step], Any] | None,
+        watched: bool,
+    ):
+        self.problem, self.solver, self.limits, self.run = problem, solver, limits, run
+        self.callback = callback
+        self.length = 1 if watched else None
+
+    @property
+    def going(self) -> bool:
+        """Whether the run goes on."""
+        spent = _loop.spent(self.run, self.limits)
+        return bool((self.run.status == Status.running) & ~spent)
+
+    @property
+    def number(self) -> int:
+        """How many answers there have been."""
+        return int(self.run.step)
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """What is shown of the run."""
+        return {name: float(value) for name, value in _loop.scalars(self.run).items()}
+
+    def advance(self, last: int) -> None:
+        """A slice, at most to step `last`."""
+        if self.callback is not None:
+            done = _loop.one(self.problem, self.solver, self.run, self.limits)
+            self.run, query, evaluation = done
+            self.callback(Step(query, evaluation, self.run))
+            return
+        tick = time.perf_counter()
+        until = last if self.length is None else min(self.number + self.length, last)
+        run = _loop.advance(self.problem, self.solver, self.run, jnp.asarray(until), self.limits)
+        self.run = jax.block_until_ready(run)
+        if self.length is not None:
+            # The first slice takes longer, since it compiles.
+            took = time.perf_counter() - tick
+            self.length = 2 * self.length if took < SLICE_SECONDS else max(1, self.length // 2)
+
+
 class Host:
-    """Runs the loop and, between its steps or slices, reports, saves and checks limits."""
+    """Drives a run and, between its steps or slices, reports, saves and checks limits."""
 
     def __init__(
         self,
@@ -46,83 +96,63 @@ class Host:
             run = _loop.resumable(run)
         began = time.perf_counter()
         deadline = None if max_seconds is None else began + max_seconds
-        single = self.callback is not None or self.problem.host
-        watched = deadline is not None or self.checkpoint is not None
-        watched = watched or not isinstance(self.meter, Silent)
-        length = 1 if watched else last
         self.saved_step = int(run.step)
         self.meter.start(last, type(self.solver).__name__)
         try:
-            while self._going(run, last):
+            course = self._course(run, deadline is not None)
+            while course.going and course.number < last:
                 if deadline is not None and time.perf_counter() >= deadline:
-                    return self._end(run, Status.time)
-                tick = time.perf_counter()
+                    return self._end(course.run, Status.time)
                 try:
-                    run = self._one(run) if single else self._slice(run, length, last)
+                    course.advance(last)
                 except StopIteration:
-                    return self._end(self.latest, Status.stopped)
+                    return self._end(course.run, Status.stopped)
                 except WorkersLostError:
-                    return self._end(self.latest, Status.worker_lost)
-                if not single and watched:
-                    # A slice takes about SLICE_SECONDS once its first call has compiled.
-                    took = time.perf_counter() - tick
-                    length = 2 * length if took < SLICE_SECONDS else max(1, length // 2)
-                self._report(run)
-                self._save(run)
-            return self._end(run, Status.budget)
+                    return self._end(course.run, Status.worker_lost)
+                except RaisedError as raised:
+                    raise self._stopped_by(raised.__cause__, course.run) from raised.__cause__
+                self._report(course)
+                if self._due(course.number):
+                    self._save(course.run)
+            return self._end(course.run, Status.budget)
         finally:
             self.meter.close("")
             self.problem.close()
 
-    def _going(self, run: Run, last: int) -> bool:
-        running = bool(run.status == Status.running) and int(run.step) < last
-        return running and not bool(_loop.spent(run, self.limits))
-
-    def _slice(self, run: Run, length: int, last: int) -> Run:
-        until = jnp.asarray(min(int(run.step) + length, last))
-        run = _loop.advance(self.problem, self.solver, run, until, self.limits)
-        return jax.block_until_ready(run)
-
-    def _one(self, run: Run) -> Run:
-        self.latest = run
+    def _course(self, run: Run, watched: bool) -> Steps | Slices:
         if self.problem.host:
-            query = _loop.ask_compiled(self.solver, run, self.limits)
-            try:
-                evaluation = _loop.evaluated(self.problem, query)
-            except (StopIteration, WorkersLostError):
-                raise
-            except Exception as error:
-                self._save(run, force=True)
-                raise EvaluationError(
-                    f"the objective raised {type(error).__name__}: {error} (the best point so far "
-                    "is in the attribute `solution` of this error)",
-                    self.finish(run),
-                ) from error
-            new = _loop.tell_compiled(self.solver, run, query, evaluation)
-        else:
-            new, query, evaluation = _loop.one(self.problem, self.solver, run, self.limits)
-        self.latest = new
-        if self.callback is not None:
-            self.callback(Step(query, evaluation, new))
-        return new
+            return Steps(self.problem, self.solver, run, self.limits, self.callback)
+        watched = watched or self.checkpoint is not None or not isinstance(self.meter, Silent)
+        return Slices(self.problem, self.solver, run, self.limits, self.callback, watched)
 
-    def _report(self, run: Run) -> None:
+    def _stopped_by(self, error: BaseException | None, run: Run) -> EvaluationError:
+        self._save(run)
+        return EvaluationError(
+            f"the objective raised {type(error).__name__}: {error} (the best point so far "
+            "is in the attribute `solution` of this error)",
+            self.finish(run),
+        )
+
+    def _report(self, course: Steps | Slices) -> None:
         if not isinstance(self.meter, Silent):
-            scalars = {name: float(value) for name, value in _loop.scalars(run).items()}
-            self.meter.update(int(run.step), **scalars)
+            self.meter.update(course.number, **course.scalars)
 
-    def _save(self, run: Run, force: bool = False) -> None:
+    def _due(self, step: int) -> bool:
         saver = self.checkpoint
         if saver is None:
+            return False
+        due = time.perf_counter() - self.saved_at >= saver.every_seconds
+        return due or (
+            saver.every_steps is not None and step - self.saved_step >= saver.every_steps
+        )
+
+    def _save(self, run: Run) -> None:
+        if self.checkpoint is None:
             return
-        step, now = int(run.step), time.perf_counter()
-        due = now - self.saved_at >= saver.every_seconds
-        if saver.every_steps is not None:
-            due = due or step - self.saved_step >= saver.every_steps
-        if due or force:
-            counts = {"step": step, "work": run.work.as_dict()}
-            saver.save(run, self._identity() | counts)
-            self.saved_at, self.saved_step = now, step
+        step = int(run.step)
+        counts = {"step": step, "work": run.work.as_dict()}
+        self.checkpoint.save(run, self._identity() | counts)
+        self.saved_at, self.saved_step = time.perf_counter(), step
 
     def _identity(self) -> dict[str, str]:
         """What a checkpoint must have been made by to be continued here."""
@@ -135,6 +165,8 @@ class Host:
     def _end(self, run: Run, status: Any) -> Run:
         running = run.status == Status.running
         run = dataclasses.replace(run, status=Status.where(running, status, run.status))
-        self._report(run)
-        self._save(run, force=True)
+        if not isinstance(self.meter, Silent):
+            shown = {name: float(value) for name, value in _loop.scalars(run).items()}
+            self.meter.update(int(run.step), **shown)
+        self._save(run)
         return run

@@ -4,6 +4,7 @@ A run has some fifty scalars, and each would be a kernel of its own in every ste
 they are written by a kernel each type.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Array, Int, PyTree
 from tolerax.solution import History, row_index
 
 
-def _by_type(leaves: list[Array]) -> dict[str, list[int]]:
+def _by_type(leaves: list[Any]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for i, leaf in enumerate(leaves):
         found.setdefault(str(leaf.dtype), []).append(i)
@@ -63,28 +64,37 @@ def _no_columns(history: History) -> History:
     return eqx.filter(history, lambda leaf: eqx.is_array(leaf) and leaf.ndim != 1)
 
 
-def packing(tree: PyTree) -> tuple[Callable[[PyTree], Any], Callable[[Any], PyTree]]:
-    """Two functions, to pack the scalars of trees like this one and to unpack them."""
+def packing(tree: PyTree, size: int = 0) -> tuple[Callable[[PyTree], Any], Callable[[Any], PyTree]]:
+    """Two functions, to pack the scalars of trees like this one and to unpack them, and arrays of
+    at most `size` numbers."""
     leaves, structure = jax.tree.flatten(tree)
     number = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool  # noqa: E731
-    scalar = [i for i, leaf in enumerate(leaves) if leaf.ndim == 0 and number(leaf)]
+    small = lambda leaf: leaf.ndim == 0 or leaf.size <= size  # noqa: E731
+    packed = [i for i, leaf in enumerate(leaves) if small(leaf) and number(leaf)]
     groups = {
-        kind: [scalar[j] for j in which]
-        for kind, which in _by_type([leaves[i] for i in scalar]).items()
+        kind: [packed[j] for j in which]
+        for kind, which in _by_type([leaves[i] for i in packed]).items()
     }
-    rest = [i for i in range(len(leaves)) if i not in set(scalar)]
+    rest = [i for i in range(len(leaves)) if i not in set(packed)]
+    shapes = [leaf.shape for leaf in leaves]
 
     def pack(tree: PyTree) -> Any:
         leaves = jax.tree.leaves(tree)
-        vectors = {kind: jnp.stack([leaves[i] for i in which]) for kind, which in groups.items()}
+        vectors = {
+            kind: jnp.concatenate([leaves[i].reshape(-1) for i in which])
+            for kind, which in groups.items()
+        }
         return vectors, [leaves[i] for i in rest]
 
     def unpack(packed: Any) -> PyTree:
         vectors, others = packed
         leaves: list[Any] = [None] * structure.num_leaves
         for kind, which in groups.items():
-            for position, i in enumerate(which):
-                leaves[i] = vectors[kind][position]
+            begin = 0
+            for i in which:
+                end = begin + math.prod(shapes[i])
+                leaves[i] = vectors[kind][begin:end].reshape(shapes[i])
+                begin = end
         for i, leaf in zip(rest, others, strict=True):
             leaves[i] = leaf
         return jax.tree.unflatten(structure, leaves)

@@ -308,6 +308,16 @@ class Problem(eqx.Module):
     def evaluate(self, query: Query) -> Evaluation:
         """Answer one query; failed points are marked in `status`, never raised."""
 
+    def observe(self, query: Query) -> PyTree:
+        """The part of `evaluate` that is Python code: arrays for `interpret`."""
+        return self.evaluate(query)
+
+    def interpret(self, query: Query, observed: PyTree) -> Evaluation:
+        """The answer that was observed. This part is compiled together with the solver; it is
+        called on the `outline` of the problem."""
+        del query
+        return observed
+
     @property
     def constraint_bounds(self) -> tuple[PyTree, PyTree] | None:
         """A pair `(lower, upper)` for the constraints of its evaluations, scalars or pytrees like

@@ -2,7 +2,7 @@
 
 The compiled loop alternates ask, evaluate and tell in a `lax.while_loop`. From the host the same
 loop runs in slices, between which progress is reported, limits are checked and checkpoints are
-saved; problems that are Python code are evaluated between a compiled ask and a compiled tell.
+saved; problems that are Python code are evaluated between compiled calls, one a step.
 """
 
 import dataclasses

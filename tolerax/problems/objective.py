@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -271,7 +271,7 @@ class Objective(Problem):
 
     def evaluate(self, query: Query) -> Evaluation:
         if self.is_host:
-            return self._evaluate_on_host(query)
+            return _interpreted(self.outline(), query, self.observe(query))
         mask = query.mask
         if mask is None:
             return self._point(query.x, query.derivatives)
@@ -308,31 +308,19 @@ class Objective(Problem):
 
     # -- Python code ------------------------------------------------------------------------------
 
-    def _evaluate_on_host(self, query: Query) -> Evaluation:
-        without = self.hessian is None and self.hessian_product is None
-        if query.derivatives > 1 and without and isinstance(self.gradient, str):
-            raise TypeError(
-                "this solver needs Hessian products, and differences of values do not give them: "
-                "give `gradient` (`jac`), `hessian` (`hess`) or `hessian_product` (`hessp`)."
-            )
-        if query.derivatives and self.gradient is None:
-            raise TypeError(
-                "this solver needs gradients and JAX cannot differentiate Python code: give "
-                '`gradient` (`jac` of `minimize`): a callable, True, or "2-point" for finite '
-                "differences."
-            )
-        if query.derivatives and self.constraints is not None:
-            raise TypeError(
-                "this solver needs derivatives of the constraints, which Python code does not "
-                "give: use a solver that needs values only, or functions that JAX can trace."
-            )
+    def observe(self, query: Query) -> Any:
+        """`Observed` at every point of the query: NumPy arrays."""
+        if not self.is_host:
+            return super().observe(query)
+        if query.derivatives:
+            _check_derivatives(self, query.derivatives)
         one = query.mask is None
         if not is_concrete(query):
             # Only the shapes are wanted.
             x = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), query.x)
             count = 1 if query.mask is None else query.mask.shape[0]
             first = x if one else jax.tree.map(lambda leaf: np.asarray(leaf[0]), x)
-            return self._assemble([failed(first, query.derivatives)] * count, first, one)
+            return _assemble(self, [failed(first, query.derivatives)] * count, first, one)
         x = jax.tree.map(np.asarray, query.x)
         if query.mask is None:
             points, mask = [x], [True]
@@ -351,77 +339,114 @@ class Objective(Problem):
             self.hessian,
             self.hessian_product,
         )
-        rows = iter(self._rows([p for p, m in zip(points, mask, strict=True) if m], wanted))
-        skipped = failed(points[0], query.derivatives, calls=0)
-        return self._assemble([next(rows) if m else skipped for m in mask], points[0], one)
-
-    def _rows(self, points: list[PyTree], wanted: Wanted) -> list[Row]:
         workers = self.executor or Workers()
-        return workers.evaluate(self.fun, points, wanted, self.on_error)
+        asked = [p for p, m in zip(points, mask, strict=True) if m]
+        rows = iter(workers.evaluate(self.fun, asked, wanted, self.on_error))
+        skipped = failed(points[0], query.derivatives, calls=0)
+        return _assemble(self, [next(rows) if m else skipped for m in mask], points[0], one)
 
-    def _assemble(self, rows: list[Row], x: PyTree, one: bool) -> Evaluation:
-        dtype = jax.tree.leaves(x)[0].dtype
-
-        def column(entries: list) -> Any:
-            stacked = np.asarray(entries, dtype)
-            return stacked[0] if one else stacked
-
-        gradient, gradients = None, 0
-        if rows[0].gradient is not None:
-            gradient = jax.tree.map(lambda *g: column(list(g)), *[row.gradient for row in rows])
-            gradients = sum(row.calls > 0 for row in rows)
-        hessian = None
-        if rows[0].hessian is not None:
-            hessian = column([row.hessian for row in rows])
-            if self.hessian is None and self.hessian_product is None:
-                gradients *= 1 + sum(np.size(leaf) for leaf in jax.tree.leaves(x))
-        evaluation = _answer(
-            column([row.value for row in rows]),
-            column([row.value_error for row in rows]),
-            gradient,
-            column([row.gradient_error for row in rows]),
-            np.asarray(sum(row.calls for row in rows)),
-            np.asarray(gradients),
-            np.asarray([row.outcome == "timed_out" for row in rows])[0 if one else slice(None)],
-            self.provenance,
-            hessian,
+    def interpret(self, query: Query, observed: Any) -> Evaluation:
+        """What Python code answered, as an evaluation."""
+        if not self.is_host:
+            return super().interpret(query, observed)
+        value, value_error, error = (observed.numbers[..., i] for i in range(3))
+        calls, gradients = observed.counts[0], observed.counts[1]
+        finite = jnp.isfinite(value) | (value == -jnp.inf)
+        for leaf in jax.tree.leaves(observed.gradient):
+            finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(value.ndim, leaf.ndim)))
+        zero = jnp.zeros_like(value)
+        evaluation = Evaluation(
+            value=value,
+            value_error=value_error,
+            gradient=observed.gradient,
+            gradient_error=error,
+            gradient_error_parts=Accuracy(error, zero),
+            achieved=Accuracy(error, zero),
+            work=Work(points=calls, values=calls, gradients=gradients),
+            status=_point_status(finite, observed.timed_out),
+            provenance=self.provenance,
+            hessian=None if observed.hessian is None else Matrix(observed.hessian),
         )
         if self.limits is None:
             return evaluation
-        nothing = np.full(_count(self.limits), np.nan)
-        rows_of = [nothing if row.constraints is None else row.constraints for row in rows]
-        return _constrained(evaluation, column(rows_of), self.limits)
+        # The constraints of a point came as one vector.
+        flat = observed.constraints
+        leaves, structure = jax.tree.flatten(self.limits[0])
+        parts = jnp.split(flat, np.cumsum([np.size(leaf) for leaf in leaves])[:-1], axis=-1)
+        shapes = [flat.shape[:-1] + np.shape(leaf) for leaf in leaves]
+        fitted = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return constrained(evaluation, jax.tree.unflatten(structure, fitted), self.limits)
+
+
+class Observed(NamedTuple):
+    """What Python code gave at one point, or at each of several.
+
+    - `numbers`: value, its error and that of the gradient; `counts`: calls and gradients in all.
+    """
+
+    numbers: Any
+    counts: Any
+    timed_out: Any
+    gradient: PyTree
+    hessian: Any
+    constraints: Any
+
+
+def _check_derivatives(problem: Objective, derivatives: int) -> None:
+    without = problem.hessian is None and problem.hessian_product is None
+    if derivatives > 1 and without and isinstance(problem.gradient, str):
+        raise TypeError(
+            "this solver needs Hessian products, and differences of values do not give them: "
+            "give `gradient` (`jac`), `hessian` (`hess`) or `hessian_product` (`hessp`)."
+        )
+    if derivatives and problem.gradient is None:
+        raise TypeError(
+            "this solver needs gradients and JAX cannot differentiate Python code: give "
+            '`gradient` (`jac` of `minimize`): a callable, True, or "2-point" for finite '
+            "differences."
+        )
+    if derivatives and problem.constraints is not None:
+        raise TypeError(
+            "this solver needs derivatives of the constraints, which Python code does not "
+            "give: use a solver that needs values only, or functions that JAX can trace."
+        )
+
+
+def _assemble(problem: Objective, rows: list[Row], x: PyTree, one: bool) -> Observed:
+    dtype = jax.tree.leaves(x)[0].dtype
+
+    def column(entries: list) -> Any:
+        stacked = np.asarray(entries, dtype)
+        return stacked[0] if one else stacked
+
+    gradient, gradients = None, 0
+    if rows[0].gradient is not None:
+        gradient = jax.tree.map(lambda *g: column(list(g)), *[row.gradient for row in rows])
+        gradients = sum(row.calls > 0 for row in rows)
+    hessian = None
+    if rows[0].hessian is not None:
+        hessian = column([row.hessian for row in rows])
+        if problem.hessian is None and problem.hessian_product is None:
+            gradients *= 1 + sum(np.size(leaf) for leaf in jax.tree.leaves(x))
+    constraints = None
+    if problem.limits is not None:
+        nothing = np.full(_count(problem.limits), np.nan)
+        constraints = column(
+            [nothing if row.constraints is None else row.constraints for row in rows]
+        )
+    return Observed(
+        column([(row.value, row.value_error, row.gradient_error) for row in rows]),
+        np.asarray((sum(row.calls for row in rows), gradients)),
+        np.asarray([row.outcome == "timed_out" for row in rows])[0 if one else slice(None)],
+        gradient,
+        hessian,
+        constraints,
+    )
 
 
 @eqx.filter_jit
-def _answer(
-    value: Any,
-    value_error: Any,
-    gradient: PyTree,
-    gradient_error: Any,
-    calls: Any,
-    gradients: Any,
-    timed_out: Any,
-    provenance: Provenance,
-    hessian: Any = None,
-) -> Evaluation:
-    """What Python code answered, as an evaluation; compiled, since it is made at every point."""
-    finite = jnp.isfinite(value) | (value == -jnp.inf)
-    for leaf in jax.tree.leaves(gradient):
-        finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(value.ndim, leaf.ndim)))
-    zero = jnp.zeros_like(value)
-    return Evaluation(
-        value=value,
-        value_error=value_error,
-        gradient=gradient,
-        gradient_error=gradient_error,
-        gradient_error_parts=Accuracy(gradient_error, zero),
-        achieved=Accuracy(gradient_error, zero),
-        work=Work(points=calls, values=calls, gradients=gradients),
-        status=_point_status(finite, timed_out),
-        provenance=provenance,
-        hessian=None if hessian is None else Matrix(hessian),
-    )
+def _interpreted(outline: Objective, query: Query, observed: Observed) -> Evaluation:
+    return outline.interpret(query, observed)
 
 
 def _point_status(finite: Array, timed_out: Array) -> Any:
@@ -430,13 +455,3 @@ def _point_status(finite: Array, timed_out: Array) -> Any:
         return PointStatus.where(finite, PointStatus.ok, failed)
 
     return jax.vmap(outcome)(finite, timed_out) if finite.ndim else outcome(finite, timed_out)
-
-
-@eqx.filter_jit
-def _constrained(evaluation: Evaluation, flat: Any, limits: tuple) -> Evaluation:
-    """The answer with constraints, which came as one vector a point."""
-    leaves, structure = jax.tree.flatten(limits[0])
-    parts = jnp.split(flat, np.cumsum([np.size(leaf) for leaf in leaves])[:-1], axis=-1)
-    shapes = [flat.shape[:-1] + np.shape(leaf) for leaf in leaves]
-    fitted = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-    return constrained(evaluation, jax.tree.unflatten(structure, fitted), limits)
