@@ -299,6 +299,8 @@ class IntervalSearch(Solver):
         halved = jax.tree.map(lambda t: jnp.where(t > 0, 0.5 * t, jnp.inf), now.achieved)
         refined = jax.tree.map(jnp.minimum, request, halved)
         request = select(search, request, refined)
+        # What was claimed is looked at again as closely as before.
+        request = select(state.done, state.request, request)
         return _replace(
             state,
             model=to.model,
