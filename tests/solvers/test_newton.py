@@ -1,12 +1,15 @@
 """Inexact Newton on equations: exact optima, grids, bounds, failing state solves."""
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import tolerax
 from tests.conformance.zoo import name_of
-from tolerax import InexactNewton
+from tolerax import InexactNewton, Work
+from tolerax.contracts import Product, exact_evaluation
 from tolerax.inner import Laplacian
 from tolerax.problems.library import (
     coefficient_inversion,
@@ -121,3 +124,45 @@ def test_needs_second_derivatives():
         )
     with pytest.raises(TypeError, match=r"give `gradient` \(`jac`\), `hessian`"):
         tolerax.minimize(lambda x: float(sum(x**2)), [1.0, 2.0], method="newton", jac="2-point")
+
+
+class Careless(eqx.Module):
+    """Products with a matrix that are as wrong as the tolerance allows, and not symmetric."""
+
+    matrix: jax.Array
+    turn: jax.Array
+
+    def product(self, vector, tolerance):
+        exact = self.matrix @ vector
+        error = (
+            tolerance * jnp.linalg.norm(exact) * (self.turn @ (vector / jnp.linalg.norm(vector)))
+        )
+        return Product(exact + error, jnp.linalg.norm(error), Work(hessian_products=1))
+
+
+class Quadratic(tolerax.Problem):
+    """`x.Hx / 2 - sum(x)` with such products."""
+
+    hessian: Careless
+    bounds: tuple | None = None
+
+    def evaluate(self, query):
+        hx = self.hessian.matrix @ query.x
+        value, gradient = query.x @ hx / 2 - jnp.sum(query.x), hx - 1
+        return exact_evaluation(value, gradient, Work(points=1), hessian=self.hessian)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3])
+def test_wrong_products_cost_few_more_than_exact_ones(share):
+    n, rng = 12, np.random.default_rng(5)
+    q, turn = (np.linalg.qr(rng.normal(size=(n, n)))[0] for _ in range(2))
+    matrix = (q * np.logspace(0, 2, n)[None]) @ q.T
+    problem = Quadratic(Careless(jnp.asarray(matrix), jnp.asarray(turn)))
+    solver = InexactNewton(rtol=1e-8, atol=0.0, forcing=1e-4, hessian_share=share)
+    solution = tolerax.solve(problem, solver, jnp.zeros(n))
+    assert solution.success
+    np.testing.assert_allclose(matrix @ np.asarray(solution.x), 1.0, atol=1e-7)
+    # Exact products end after n of them a direction, and two directions take the gradient to 1e-8;
+    # four losses of conjugacy begin again with products of 3e-5. (The recurrence of two terms took
+    # 825 products with a share of 0.3.)
+    assert int(solution.work.hessian_products) <= 6 * n

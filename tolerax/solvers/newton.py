@@ -9,12 +9,15 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from tolerax.contracts import Evaluation, Query, Start, Work, product
-from tolerax.solvers._common import Geometry
+from tolerax.solvers._common import Geometry, select
 from tolerax.solvers._search import IntervalSearch
 from tolerax.solvers._search_state import Answer, Direction, Incumbent, SearchState
 
 Vector = Float[Array, " n"]
 Scalar = Float[Array, ""]
+# Directions of conjugate gradients that new ones are made conjugate to, and the part of the squared
+# residual along them at which they are given up.
+KEPT, LOST = 16, 0.3
 
 
 class NewtonModel(eqx.Module):
@@ -50,6 +53,30 @@ class Truncated(NamedTuple):
     work: Work
 
 
+class Directions(NamedTuple):
+    """The last directions p of conjugate gradients with `R p`, `H p` and `p.H p`. Products that are
+    inexact lose the conjugacy that the short recurrence rests on: new directions are made
+    conjugate to all of these."""
+
+    p: Float[Array, "k n"]
+    dual_p: Float[Array, "k n"]
+    hp: Float[Array, "k n"]
+    curvature: Float[Array, " k"]
+
+    @classmethod
+    def none(cls, like: Vector) -> "Directions":
+        zero = jnp.zeros((KEPT, like.size), like.dtype)
+        return cls(zero, zero, zero, jnp.ones(KEPT, like.dtype))
+
+    def add(self, step: Array, *new: Array) -> "Directions":
+        return Directions(*(a.at[step % KEPT].set(b) for a, b in zip(self, new, strict=True)))
+
+    def conjugate(self, s: Vector, r: Vector) -> tuple[Vector, Vector]:
+        """The part of s that is conjugate to them, and R times it for `r = R s`."""
+        weights = -(self.hp @ s) / self.curvature
+        return s + weights @ self.p, r + weights @ self.dual_p
+
+
 class InexactNewton(IntervalSearch):
     """Newton's method with truncated conjugate gradients, for inexact values, gradients and Hessian
     products.
@@ -71,14 +98,16 @@ class InexactNewton(IntervalSearch):
     - `forcing`: the largest relative residual of the Newton equation. A small one (1e-10) solves a
       linear-quadratic problem in one step.
     - `hessian_share`: relative tolerance of the linear solves in the first Hessian product, over
-      that of the Newton equation; later ones may be looser by as much as its residual has fallen.
+      that of the Newton equation; later ones may be looser by as much as its residual has fallen,
+      and are tighter by 10 after every loss of conjugacy.
       With `adaptive=False` the tolerance of all.
     - `gauss_newton`: use the positive semidefinite part of the Hessian where the problem has one.
     - `max_products`: the most products for one direction.
 
     Sources: Eisenstat and Walker (*SIAM J. Sci. Comput.* 17, 1996); Steihaug (*SIAM J. Numer.
     Anal.* 20, 1983) for negative curvature; Simoncini and Szyld (*SIAM J. Sci. Comput.* 25, 2003)
-    for products that may be looser; Bertsekas (*SIAM J. Control Optim.* 20, 1982) for the
+    for products that may be looser; Notay (*SIAM J. Sci. Comput.* 22, 2000) for directions made
+    conjugate to several before them; Bertsekas (*SIAM J. Control Optim.* 20, 1982) for the
     projection; the regularization by the gradient over an adapted radius, and the test by which it
     grows, are those of gradient-normalized smoothness (arXiv 2506.13710), which begins with
     radius 1 and solves again where we shorten the step.
@@ -91,7 +120,7 @@ class InexactNewton(IntervalSearch):
     """
 
     forcing: float = 0.5
-    hessian_share: float = 0.05
+    hessian_share: float = 0.01
     gauss_newton: bool = eqx.field(static=True, default=False)
     max_products: int = 200
 
@@ -212,22 +241,23 @@ class InexactNewton(IntervalSearch):
         inner = lambda r: jnp.where(free, geometry.riesz(r), 0)  # noqa: E731
         s = inner(-z)
         size = jnp.sqrt(jnp.maximum(jnp.dot(-z, s), 0))
-        zero, tiny = jnp.zeros_like(z), jnp.finfo(z.dtype).tiny
+        zero, tiny, eps = jnp.zeros_like(z), jnp.finfo(z.dtype).tiny, jnp.finfo(z.dtype).eps
         shape = jax.eval_shape(lambda: product(operator, unravel(z), forcing).work)
         no_work = jax.tree.map(lambda n: jnp.zeros(n.shape, n.dtype), shape)
 
         def unfinished(loop: tuple) -> Bool[Array, ""]:
-            *_, rs, step, negative, _ = loop
+            _, _, _, _, _, rs, step, negative, *_ = loop
             left = jnp.sqrt(jnp.maximum(rs, 0)) > forcing * size
             return left & ~negative & (step < self.max_products)
 
         def body(loop: tuple) -> tuple:
-            d, dual_d, r, p, dual_p, rs, step, _, work = loop
+            d, dual_d, r, p, dual_p, rs, step, _, work, kept, losses = loop
             share = jnp.asarray(self.hessian_share, rs.dtype)
             if self.adaptive:
                 # What is left of the residual weighs the error of a product: it may grow.
                 left = jnp.sqrt(rs) / jnp.where(size > 0, size, 1)
                 share = jnp.minimum(share * forcing / left, jnp.maximum(share, 0.1))
+                share = jnp.maximum(share * 0.1**losses, 4 * eps)
             times = product(operator, unravel(p), share)
             hp = jnp.where(free, ravel_pytree(times.vector)[0], 0).astype(p.dtype)
             hp = hp + lam * dual_p
@@ -237,22 +267,30 @@ class InexactNewton(IntervalSearch):
             dp, dd = jnp.dot(p, dual_d), jnp.dot(d, dual_d)
             room = jnp.maximum(longest**2 - dd, 0)
             root = room / (dp + jnp.sqrt(jnp.maximum(dp**2 + pp * room, 0)) + tiny)
-            alpha = jnp.where(negative, root, rs / jnp.where(negative, 1, curvature))
+            alpha = jnp.where(negative, root, jnp.dot(p, r) / jnp.where(negative, 1, curvature))
             alpha = jnp.where(jnp.isfinite(curvature), alpha, 0)
             d, dual_d, r = d + alpha * p, dual_d + alpha * dual_p, r - alpha * hp
             s = inner(r)
             rs_new = jnp.dot(r, s)
-            beta = rs_new / jnp.maximum(rs, tiny)
+            kept = kept.add(step, p, dual_p, hp, jnp.where(negative, 1, curvature))
+            p, dual_p = kept.conjugate(s, r)
+            # r is orthogonal to the directions so far, up to errors of products: where these are
+            # not small, begin again from here with products that are ten times as accurate.
+            lost = jnp.abs(jnp.dot(p, r) - rs_new) > LOST * rs_new
+            p, dual_p = jnp.where(lost, s, p), jnp.where(lost, r, dual_p)
+            kept = select(lost, Directions.none(z), kept)
             return (
                 d,
                 dual_d,
                 r,
-                s + beta * p,
-                r + beta * dual_p,
+                p,
+                dual_p,
                 rs_new,
                 step + 1,
                 negative,
                 work + times.work,
+                kept,
+                losses + lost,
             )
 
         start = (
@@ -265,8 +303,10 @@ class InexactNewton(IntervalSearch):
             jnp.array(0, jnp.int32),
             jnp.array(False),
             no_work,
+            Directions.none(z),
+            jnp.array(0, jnp.int32),
         )
-        d, *_, rs, steps, negative, work = jax.lax.while_loop(unfinished, body, start)
+        d, _, _, _, _, rs, steps, negative, work, *_ = jax.lax.while_loop(unfinished, body, start)
         return Truncated(d, jnp.sqrt(jnp.maximum(rs, 0)), negative, steps, work)
 
     def _learned(
