@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from tolerax._scipy_constraints import joined
+from tolerax._scipy_constraints import Jacobian, joined
 from tolerax.contracts import Problem
 from tolerax.problems.objective import Objective
 from tolerax.problems.python_code import DIFFERENCES
@@ -274,8 +274,8 @@ def function_problem(
                     "on_error is given, but fun is compiled by JAX and cannot raise: leave it out."
                 )
             return Objective(value, gradient=derivative, bounds=bounds, **within, **curved), None
-        if by_jax and curved:
-            # Only the second derivatives are Python code.
+        if by_jax:
+            # Only second derivatives or constraints are Python code.
             jac = jax.jit(jax.grad(value))
             fun, args = jax.jit(value), ()
     value = Function(fun, args, jac is True)
@@ -283,6 +283,8 @@ def function_problem(
     if gradient is None and may_difference:
         gradient = "2-point"
     on_error = "raise" if on_error is None else on_error
+    if within:
+        within["constraint_jacobian"] = Jacobian(within["constraints"].parts, bounds)
     problem = Objective(
         value,
         gradient=gradient,

@@ -9,16 +9,59 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from tolerax.problems.differences import flat_bounds, jacobian_by_differences
+from tolerax.problems.python_code import DIFFERENCES
 
-class Constraints(eqx.Module):
-    """Several constraint functions as one, `x -> (m,)`; each is `(fun, args)`."""
 
-    parts: tuple[tuple[Callable, tuple], ...]
+class Part(eqx.Module):
+    """One constraint function and how to differentiate it where JAX cannot: a callable that returns
+    the matrix, or `"2-point"` or `"3-point"`."""
+
+    fun: Callable
+    args: tuple
+    jac: Any
 
     def __call__(self, x: Any) -> Any:
         where: Any = np if isinstance(x, np.ndarray) else jnp
-        values = [where.ravel(where.asarray(fun(x, *args))) for fun, args in self.parts]
-        return where.concatenate(values)
+        return where.ravel(where.asarray(self.fun(x, *self.args)))
+
+
+class Constraints(eqx.Module):
+    """Several constraint functions as one, `x -> (m,)`."""
+
+    parts: tuple[Part, ...]
+
+    def __call__(self, x: Any) -> Any:
+        where: Any = np if isinstance(x, np.ndarray) else jnp
+        return where.concatenate([part(x) for part in self.parts])
+
+
+class Jacobian(eqx.Module):
+    """The derivatives of Python constraints, shape `(m, n)`, at NumPy arrays."""
+
+    parts: tuple[Part, ...]
+    bounds: tuple[np.ndarray, np.ndarray] | None
+
+    @property
+    def by_differences(self) -> bool:
+        """Whether some of them are found by differences."""
+        return any(isinstance(part.jac, str) for part in self.parts)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        lower, upper = flat_bounds(self.bounds, [x])
+        rows = []
+        for part in self.parts:
+            if callable(part.jac):
+                given: Any = part.jac(x.copy(), *part.args)
+                given = given.toarray() if hasattr(given, "toarray") else given
+                rows.append(np.atleast_2d(np.asarray(given, float)))
+                continue
+            at = lambda moved, part=part: np.asarray(part(moved.copy()), float)  # noqa: E731
+            central = part.jac == "3-point"
+            rows.append(
+                jacobian_by_differences(at, x, at(x), lower=lower, upper=upper, central=central)
+            )
+        return np.concatenate(rows)
 
 
 class Linear(eqx.Module):
@@ -27,7 +70,17 @@ class Linear(eqx.Module):
     matrix: Array
 
     def __call__(self, x: Any) -> Any:
-        return self.matrix @ x
+        return np.asarray(self.matrix) @ x if isinstance(x, np.ndarray) else self.matrix @ x
+
+
+class LinearRows(eqx.Module):
+    """The Jacobian of `A x`."""
+
+    matrix: Array
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        del x
+        return np.asarray(self.matrix)
 
 
 def joined(constraints: Any, x: np.ndarray) -> tuple[Constraints, tuple[np.ndarray, np.ndarray]]:
@@ -39,8 +92,8 @@ def joined(constraints: Any, x: np.ndarray) -> tuple[Constraints, tuple[np.ndarr
     listed = [constraints] if single else list(constraints)
     parts, lower, upper = [], [], []
     for i, constraint in enumerate(listed):
-        fun, args, low, high = _read(constraint, f"constraints[{i}]", x.size)
-        m = _size(fun, args, x)
+        part, low, high = _read(constraint, f"constraints[{i}]", x.size)
+        m = _size(part, x)
         for side, value in ((lower, low), (upper, high)):
             value = np.asarray(value, float)
             if value.ndim > 1 or value.size not in (1, m):
@@ -49,12 +102,12 @@ def joined(constraints: Any, x: np.ndarray) -> tuple[Constraints, tuple[np.ndarr
                     "give one bound, or one for each."
                 )
             side.append(np.broadcast_to(value, (m,)))
-        parts.append((fun, args))
+        parts.append(part)
     return Constraints(tuple(parts)), (np.concatenate(lower), np.concatenate(upper))
 
 
-def _read(constraint: Any, name: str, n: int) -> tuple[Callable, tuple, Any, Any]:
-    """Function, arguments and bounds of one constraint."""
+def _read(constraint: Any, name: str, n: int) -> tuple[Part, Any, Any]:
+    """Function and bounds of one constraint."""
     if isinstance(constraint, Mapping):
         kind, fun = str(constraint.get("type", "")).lower(), constraint.get("fun")
         if kind not in ("eq", "ineq"):
@@ -64,7 +117,8 @@ def _read(constraint: Any, name: str, n: int) -> tuple[Callable, tuple, Any, Any
             raise ValueError(f"{name} has the key {unknown[0]!r}: use type, fun, jac, args.")
         args = constraint.get("args", ())
         args = args if isinstance(args, tuple) else (args,)
-        return _callable(fun, name), args, 0.0, 0.0 if kind == "eq" else np.inf
+        jac = _derivative(constraint.get("jac"), name)
+        return Part(_callable(fun, name), args, jac), 0.0, 0.0 if kind == "eq" else np.inf
     if not (hasattr(constraint, "lb") and hasattr(constraint, "ub")):
         raise TypeError(
             f"{name} is {constraint!r}: give a dict, a NonlinearConstraint or a LinearConstraint."
@@ -79,8 +133,21 @@ def _read(constraint: Any, name: str, n: int) -> tuple[Callable, tuple, Any, Any
         matrix = np.atleast_2d(np.asarray(matrix, float))
         if matrix.shape[1] != n:
             raise ValueError(f"{name}: A has shape {matrix.shape}, x0 has {n} entries.")
-        return Linear(jnp.asarray(matrix)), (), constraint.lb, constraint.ub
-    return _callable(constraint.fun, name), (), constraint.lb, constraint.ub
+        matrix = jnp.asarray(matrix)
+        return Part(Linear(matrix), (), LinearRows(matrix)), constraint.lb, constraint.ub
+    jac = _derivative(getattr(constraint, "jac", None), name)
+    return Part(_callable(constraint.fun, name), (), jac), constraint.lb, constraint.ub
+
+
+def _derivative(jac: Any, name: str) -> Any:
+    """How Python constraints are differentiated; SciPy's default are forward differences."""
+    jac = "2-point" if jac is None or jac is False else jac
+    if not (callable(jac) or jac in DIFFERENCES):
+        raise ValueError(
+            f"{name}: jac is {jac!r}: give a callable that returns the matrix, or one of "
+            f"{', '.join(map(repr, DIFFERENCES))}."
+        )
+    return jac
 
 
 def _callable(fun: Any, name: str) -> Callable:
@@ -89,9 +156,9 @@ def _callable(fun: Any, name: str) -> Callable:
     return fun
 
 
-def _size(fun: Callable, args: tuple, x: np.ndarray) -> int:
+def _size(part: Part, x: np.ndarray) -> int:
     try:
-        out = jax.eval_shape(lambda x: jnp.asarray(fun(x, *args)), jnp.asarray(x))
+        out = jax.eval_shape(part, jnp.asarray(x))
     except Exception:
-        out = np.asarray(fun(x.copy(), *args))
+        out = part(x.copy())
     return int(np.prod(out.shape))

@@ -136,7 +136,8 @@ def minimize(
     - `bounds`: a `scipy.optimize.Bounds` or one pair `(low, high)` a variable, `None` for no bound.
       Neither iterates nor finite differences leave them.
     - `constraints`: dicts, `scipy.optimize.NonlinearConstraint` or `LinearConstraint`, one or a
-      list. A function that JAX can trace is differentiated by JAX, whatever its `jac`.
+      list. A function that JAX can trace is differentiated by JAX, whatever its `jac`; others by
+      their `jac`, a callable that returns the matrix, or `"2-point"` (default) or `"3-point"`.
     - `hess(x, *args)`: the Hessian matrix; `hessp(x, v, *args)`: its product with v; for methods
       that use second derivatives (`"newton"`), which JAX finds where they are not given, and
       differences of `jac` where JAX cannot.

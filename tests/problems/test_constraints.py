@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +95,8 @@ def test_a_solver_that_does_not_look_at_them_refuses():
         ({"constraints": both, "constraint_bounds": (1.0, 0.0)}, ValueError, "swap or widen"),
         ({"constraints": both, "constraint_bounds": (np.nan, 0.0)}, ValueError, "holds NaN"),
         ({"constraints": both, "host": True}, TypeError, "constraint_bounds is None"),
+        ({"constraint_jacobian": "2-point"}, ValueError, "given without constraints"),
+        ({"constraints": both, "constraint_jacobian": "2-point"}, ValueError, "JAX differentiates"),
     ],
 )
 def test_bad_constraints_are_named(options, error, match):
@@ -112,12 +115,62 @@ def test_bounds_that_do_not_fit_the_constraints_are_named():
         evaluate(problem, X, ASK, derivatives=0)
 
 
-def test_python_constraints_have_no_derivatives():
-    problem = Objective(
-        fun, gradient="2-point", constraints=both, constraint_bounds=LIMITS, host=True
+def python_problem(jacobian: Any, bounds: Any = None) -> Objective:
+    return Objective(
+        lambda x: float(fun(x)),
+        gradient="3-point",
+        bounds=bounds,
+        constraints=both,
+        constraint_bounds=LIMITS,
+        constraint_jacobian=jacobian,
+        host=True,
     )
-    with pytest.raises(TypeError, match="derivatives of the constraints"):
-        evaluate(problem, X, ASK, derivatives=1)
+
+
+# Rounding over the step: 2e-16 * 5 / 1e-8 forward, / 6e-6 central; curvature 2 times 1e-8 forward.
+@pytest.mark.parametrize(
+    ("jacobian", "error"),
+    [("2-point", 2e-7), ("3-point", 1e-9), (lambda x: np.array([2 * x, np.ones(2)]), 1e-15)],
+)
+def test_python_constraints_are_differentiated_as_asked(jacobian, error):
+    answer = evaluate(python_problem(jacobian), X, ASK, derivatives=1)
+    exact = evaluate(COMPILED, X, ASK, derivatives=1)
+    v, w = jnp.array([0.3, -0.7]), {"disc": jnp.array(2.0), "line": jnp.array(-1.0)}
+    for name in LIMITS[0]:
+        assert abs(answer.jacobian.mv(v)[name] - exact.jacobian.mv(v)[name]) <= error
+    np.testing.assert_allclose(answer.jacobian.rmv(w), exact.jacobian.rmv(w), atol=4 * error)
+    assert not answer.provenance.certified  # The gradient is by differences.
+    # Without derivatives nothing is differentiated.
+    assert evaluate(python_problem(jacobian), X, ASK, derivatives=0).jacobian is None
+
+
+@pytest.mark.parametrize("jacobian", ["2-point", "3-point"])
+def test_differences_of_constraints_stay_within_bounds(jacobian):
+    seen = []
+
+    def watched(x):
+        seen.append(np.array(x))
+        return {"disc": np.log(x[0]), "line": x[1]}
+
+    problem = eqx.tree_at(
+        lambda p: p.constraints, python_problem(jacobian, (np.array([1.0, 2.0]), 2.0)), watched
+    )
+    answer = evaluate(problem, X, ASK, derivatives=1)
+    # x[0] moves up only, x[1] not at all.
+    assert min(x[0] for x in seen) >= 1.0
+    assert {float(x[1]) for x in seen} == {2.0}
+    columns = [answer.jacobian.mv(e) for e in jnp.eye(2)]
+    np.testing.assert_allclose(columns[0]["disc"], 1.0, atol=1e-7)
+    assert float(columns[1]["line"]) == 0.0
+
+
+def test_python_constraints_without_derivatives_say_so():
+    with pytest.raises(TypeError, match="give `constraint_jacobian`: a callable"):
+        evaluate(python_problem(None), X, ASK, derivatives=1)
+    with pytest.raises(TypeError, match=r"shape \(2,\) .* return a real matrix of shape \(2, 2\)"):
+        evaluate(python_problem(lambda x: np.ones(2)), X, ASK, derivatives=1)
+    nowhere = python_problem(lambda x: np.full((2, 2), np.nan))
+    assert bool(evaluate(nowhere, X, ASK, derivatives=1).status == PointStatus.failed)
 
 
 def test_a_journal_keeps_constraints(tmp_path):

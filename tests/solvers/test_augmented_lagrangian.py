@@ -93,6 +93,51 @@ def test_minimize_takes_the_constraints_of_scipy():
     np.testing.assert_allclose(result.x, CASES["71"].x, atol=1e-5)
 
 
+@pytest.mark.parametrize("jac", [None, "3-point", "given"])
+def test_minimize_takes_constraints_that_jax_cannot_trace(jac):
+    """Python code (the conversions to float see to that), with Jacobians of all kinds."""
+    asked = []
+
+    def fun(x):
+        return float(x[0]) * x[3] * (x[0] + x[1] + x[2]) + x[2]
+
+    def slope(x):
+        total = x[0] + x[1] + x[2]
+        return np.array([x[3] * (total + x[0]), x[0] * x[3], x[0] * x[3] + 1, x[0] * total])
+
+    def product(x, target):
+        asked.append(np.array(x))
+        return float(np.prod(x)) - target
+
+    of_product = (lambda x, target: np.prod(x) / x) if jac == "given" else jac
+    of_sphere = (lambda x: 2 * x[None]) if jac == "given" else jac or "2-point"
+    sphere = lambda x: float(np.sum(x**2))  # noqa: E731
+    constraints = [
+        {"type": "ineq", "fun": product, "args": (25.0,), "jac": of_product},
+        scipy.optimize.NonlinearConstraint(sphere, 40, 40, jac=of_sphere),
+        scipy.optimize.LinearConstraint(np.array([[1.0, 0.0, 0.0, 0.0]]), -np.inf, 1.5),
+    ]
+    result = tolerax.minimize(
+        fun,
+        [1.0, 5.0, 5.0, 1.0],
+        method="sqp",
+        jac=slope,
+        bounds=[(1, 5)] * 4,
+        constraints=constraints,
+    )
+    assert result.success
+    assert ("estimated" in result.message) == (jac != "given")
+    np.testing.assert_allclose(result.fun, CASES["71"].value, atol=1e-6)
+    np.testing.assert_allclose(result.x, CASES["71"].x, atol=1e-5)
+    assert all(np.all((x >= 1) & (x <= 5)) for x in asked)
+
+
+def test_a_jacobian_of_scipy_that_is_not_known_is_named():
+    constraint = {"type": "eq", "fun": lambda x: float(x[0]), "jac": "cs"}
+    with pytest.raises(ValueError, match=r"constraints\[0\]: jac is 'cs'"):
+        tolerax.minimize(lambda x: float(x[0]), [1.0], method="sqp", constraints=constraint)
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="atol is -1"):
         tolerax.ExactAugmentedLagrangian(atol=-1.0)

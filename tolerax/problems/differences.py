@@ -167,6 +167,54 @@ def _central(line: _Line, value: float, precision: float) -> Difference:
     return Difference(gradient, float(error) if np.isfinite(error) else np.inf, line.calls)
 
 
+def jacobian_by_differences(
+    fun: Callable[[np.ndarray], np.ndarray],
+    x: np.ndarray,
+    values: np.ndarray,
+    *,
+    lower: np.ndarray,
+    upper: np.ndarray,
+    central: bool = False,
+) -> np.ndarray:
+    """The Jacobian, shape `(m, n)`, of `fun` at `x` (shape `(n,)`), where it is `values` (`(m,)`).
+
+    - `lower`, `upper`: nothing is evaluated outside; a variable without room gets zeros.
+    - `central`: differences of second order, two evaluations a variable in place of one.
+
+    Where values are not finite the other side is tried; the column is NaN when that fails too.
+
+    >>> wide = np.full(2, np.inf)
+    >>> squares = lambda x: np.array([x @ x])
+    >>> x = np.array([1.0, -2.0])
+    >>> jacobian_by_differences(squares, x, squares(x), lower=-wide, upper=wide).round(6)
+    array([[ 2., -4.]])
+    """
+    eps = np.finfo(x.dtype).eps
+    steps = (np.cbrt(eps) if central else np.sqrt(eps)) * np.maximum(1.0, np.abs(x))
+    jacobian = np.zeros((values.size, x.size), x.dtype)
+    for i, step in enumerate(steps):
+        room = {-1: x[i] - lower[i], 1: upper[i] - x[i]}
+        sides = sorted((1, -1), key=lambda side: -min(room[side], step))
+        stencils = [(side * min(step, room[side]),) for side in sides if room[side] > 0]
+        if central:
+            both = [(-step, step)] if min(room.values()) >= step else []
+            stencils = both + [(first / 2, first) for (first,) in stencils]
+        for stencil in stencils:
+            moves, slopes = [], []
+            for distance in stencil:
+                moved = x.copy()
+                moved[i] += distance
+                moves.append(float(moved[i]) - float(x[i]))
+                slopes.append((fun(moved) - values) / (moves[-1] or np.nan))
+            column = slopes[0]
+            if central:
+                column = (slopes[0] * moves[1] - slopes[1] * moves[0]) / (moves[1] - moves[0])
+            jacobian[:, i] = column
+            if np.all(np.isfinite(column)):
+                break
+    return jacobian
+
+
 def flat_bounds(bounds: Any, leaves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """A pair of pytrees of bounds (or scalars, or `None`) as two vectors for the raveled leaves."""
 

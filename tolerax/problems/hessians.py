@@ -1,9 +1,11 @@
-"""Hessians that are given as functions or found by differences of gradients, as operators."""
+"""Second derivatives, and Jacobians of constraints, that are given as functions or found by
+differences, as operators."""
 
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
@@ -18,6 +20,38 @@ class Matrix(eqx.Module):
         """The matrix times `vector`, a pytree like x."""
         flat, unravel = ravel_pytree(vector)
         return unravel(self.matrix @ flat)
+
+
+class JacobianOf(eqx.Module):
+    """Products with the Jacobian of a function at a point, and with its transpose."""
+
+    fun: Callable
+    x: PyTree
+
+    def mv(self, vector: PyTree) -> PyTree:
+        """The Jacobian times `vector`, a pytree like x."""
+        return jax.jvp(self.fun, (self.x,), (vector,))[1]
+
+    def rmv(self, vector: PyTree) -> PyTree:
+        """The transposed Jacobian times `vector`, a pytree like the values."""
+        return jax.vjp(self.fun, self.x)[1](vector)[0]
+
+
+class MatrixOfConstraints(eqx.Module):
+    """The Jacobian of constraints at x as a matrix, rows and columns in the flat order of the
+    constraints `values` and of x."""
+
+    matrix: Float[Array, "*batch m n"]
+    x: PyTree
+    values: PyTree
+
+    def mv(self, vector: PyTree) -> PyTree:
+        """The Jacobian times `vector`, a pytree like x."""
+        return ravel_pytree(self.values)[1](self.matrix @ ravel_pytree(vector)[0])
+
+    def rmv(self, vector: PyTree) -> PyTree:
+        """The transposed Jacobian times `vector`, a pytree like the constraints."""
+        return ravel_pytree(self.x)[1](self.matrix.T @ ravel_pytree(vector)[0])
 
 
 class ProductsOf(eqx.Module):

@@ -13,7 +13,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from tolerax.contracts import Evaluation, Problem, Query, Work, exact_evaluation
-from tolerax.problems.objective import HessianOf, JacobianOf
+from tolerax.problems.hessians import JacobianOf
+from tolerax.problems.objective import HessianOf
 from tolerax.validation import is_concrete
 
 logger = logging.getLogger("tolerax")

@@ -20,7 +20,13 @@ from tolerax.contracts import (
     constrained,
     exact_evaluation,
 )
-from tolerax.problems.hessians import Matrix, ProductsOf, given_hessian
+from tolerax.problems.hessians import (
+    JacobianOf,
+    Matrix,
+    MatrixOfConstraints,
+    ProductsOf,
+    given_hessian,
+)
 from tolerax.problems.python_code import DIFFERENCES, Row, Wanted, failed, like, rounding
 from tolerax.problems.workers import Workers
 from tolerax.status import PointStatus
@@ -57,21 +63,6 @@ class HessianOf(eqx.Module):
         if self.given is None:
             return product
         return jax.tree.map(jnp.add, product, self.given.mv(vector))
-
-
-class JacobianOf(eqx.Module):
-    """Products with the Jacobian of a function at a point, and with its transpose."""
-
-    fun: Callable
-    x: PyTree
-
-    def mv(self, vector: PyTree) -> PyTree:
-        """The Jacobian times `vector`, a pytree like x."""
-        return jax.jvp(self.fun, (self.x,), (vector,))[1]
-
-    def rmv(self, vector: PyTree) -> PyTree:
-        """The transposed Jacobian times `vector`, a pytree like the values."""
-        return jax.vjp(self.fun, self.x)[1](vector)[0]
 
 
 def _nothing(x: PyTree) -> None:
@@ -115,6 +106,25 @@ def _checked(constraints: Any, bounds: Any, host: bool) -> tuple[PyTree, PyTree]
     return lower, upper
 
 
+def _by_differences(jacobian: Any) -> bool:
+    """Whether differences are all, or part, of a Jacobian."""
+    return isinstance(jacobian, str) or getattr(jacobian, "by_differences", False)
+
+
+def _check_jacobian(jacobian: Any, constraints: Any, host: bool) -> None:
+    if not (callable(jacobian) or jacobian in DIFFERENCES):
+        raise ValueError(
+            f'constraint_jacobian is {jacobian!r}: use a callable, "2-point" or "3-point".'
+        )
+    if constraints is None:
+        raise ValueError("constraint_jacobian is given without constraints: give both.")
+    if not host:
+        raise ValueError(
+            f"constraint_jacobian is {jacobian!r}, but JAX differentiates these constraints: leave "
+            "it out, or give host=True."
+        )
+
+
 def _count(limits: tuple[PyTree, PyTree] | None) -> int:
     return 0 if limits is None else sum(np.size(leaf) for leaf in jax.tree.leaves(limits[0]))
 
@@ -134,7 +144,10 @@ class Objective(Problem):
       `constraint_bounds`: the pair `(lower, upper)` that they must lie between, scalars or pytrees
       like them; where both are equal it is an equality constraint. The default is
       `constraints(x) <= 0`. With `host=True` the bounds must have the shape of the constraints,
-      which are called where the value is finite; there are no derivatives of them.
+      which are called where the value is finite.
+    - `constraint_jacobian`: only with `host=True`, for solvers that need it: a callable that
+      returns the matrix, a row for each constraint and a column for each variable in flat order;
+      or `"2-point"` or `"3-point"`, forward or central differences of the constraints.
     - `hessian(x)`: the matrix of second derivatives over the flat x, or `hessian_product(x, v)`:
       its product with v, a pytree like x. Without them JAX differentiates, and Hessians of `host`
       functions are differences of gradients, one more gradient for every variable.
@@ -165,6 +178,7 @@ class Objective(Problem):
     on_error: str = eqx.field(static=True, default="raise")
     # Where points are evaluated does not change what the problem is.
     executor: Workers | None = eqx.field(static=True, default=None, compare=False)
+    constraint_jacobian: Any = None
 
     def __init__(
         self,
@@ -174,6 +188,7 @@ class Objective(Problem):
         bounds: tuple[PyTree, PyTree] | None = None,
         constraints: Callable | None = None,
         constraint_bounds: tuple[PyTree, PyTree] | None = None,
+        constraint_jacobian: Callable | Literal["2-point", "3-point"] | None = None,
         hessian: Callable | None = None,
         hessian_product: Callable | None = None,
         host: bool = False,
@@ -209,6 +224,8 @@ class Objective(Problem):
             raise ValueError("constraint_bounds are given without constraints: give both.")
         if constraints is not None:
             constraint_bounds = _checked(constraints, constraint_bounds, host)
+        if constraint_jacobian is not None:
+            _check_jacobian(constraint_jacobian, constraints, host)
         self.fun = fun
         self.gradient = gradient
         self.bounds = bounds
@@ -219,10 +236,11 @@ class Objective(Problem):
         self.is_host = host
         self.on_error = on_error
         self.executor = None if executor is None else Workers.of(executor)
+        self.constraint_jacobian = constraint_jacobian
 
     @property
     def provenance(self) -> Provenance:
-        if isinstance(self.gradient, str):
+        if isinstance(self.gradient, str) or _by_differences(self.constraint_jacobian):
             return Provenance((("differences", "estimated"),))
         return Provenance()
 
@@ -243,6 +261,7 @@ class Objective(Problem):
             bounds=self.bounds,
             constraints=self.constraints,
             constraint_bounds=self.limits,
+            constraint_jacobian=self.constraint_jacobian,
             hessian=self.hessian,
             hessian_product=self.hessian_product,
             host=self.is_host,
@@ -258,12 +277,16 @@ class Objective(Problem):
         if not self.is_host:
             return self
         gradient = _nothing if callable(self.gradient) else self.gradient
+        jacobian = self.constraint_jacobian
+        if callable(jacobian):
+            jacobian = "2-point" if _by_differences(jacobian) else _nothing
         return Objective(
             _nothing,
             gradient=gradient,
             bounds=self.bounds,
             constraints=None if self.constraints is None else _nothing,
             constraint_bounds=self.limits,
+            constraint_jacobian=jacobian,
             hessian=None if self.hessian is None else _nothing,
             hessian_product=None if self.hessian_product is None else _nothing,
             host=True,
@@ -338,6 +361,7 @@ class Objective(Problem):
             _count(self.limits),
             self.hessian,
             self.hessian_product,
+            self.constraint_jacobian,
         )
         workers = self.executor or Workers()
         asked = [p for p, m in zip(points, mask, strict=True) if m]
@@ -354,6 +378,8 @@ class Objective(Problem):
         finite = jnp.isfinite(value) | (value == -jnp.inf)
         for leaf in jax.tree.leaves(observed.gradient):
             finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(value.ndim, leaf.ndim)))
+        if observed.jacobian is not None:
+            finite &= jnp.all(jnp.isfinite(observed.jacobian), axis=(-2, -1))
         zero = jnp.zeros_like(value)
         evaluation = Evaluation(
             value=value,
@@ -375,7 +401,11 @@ class Objective(Problem):
         parts = jnp.split(flat, np.cumsum([np.size(leaf) for leaf in leaves])[:-1], axis=-1)
         shapes = [flat.shape[:-1] + np.shape(leaf) for leaf in leaves]
         fitted = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-        return constrained(evaluation, jax.tree.unflatten(structure, fitted), self.limits)
+        values = jax.tree.unflatten(structure, fitted)
+        jacobian = None
+        if observed.jacobian is not None:
+            jacobian = MatrixOfConstraints(observed.jacobian, query.x, values)
+        return constrained(evaluation, values, self.limits, jacobian=jacobian)
 
 
 class Observed(NamedTuple):
@@ -390,6 +420,7 @@ class Observed(NamedTuple):
     gradient: PyTree
     hessian: Any
     constraints: Any
+    jacobian: Any
 
 
 def _check_derivatives(problem: Objective, derivatives: int) -> None:
@@ -405,10 +436,11 @@ def _check_derivatives(problem: Objective, derivatives: int) -> None:
             '`gradient` (`jac` of `minimize`): a callable, True, or "2-point" for finite '
             "differences."
         )
-    if derivatives and problem.constraints is not None:
+    if derivatives and problem.constraints is not None and problem.constraint_jacobian is None:
         raise TypeError(
-            "this solver needs derivatives of the constraints, which Python code does not "
-            "give: use a solver that needs values only, or functions that JAX can trace."
+            "this solver needs derivatives of the constraints and JAX cannot differentiate Python "
+            'code: give `constraint_jacobian`: a callable, or "2-point" or "3-point" for finite '
+            "differences."
         )
 
 
@@ -428,12 +460,16 @@ def _assemble(problem: Objective, rows: list[Row], x: PyTree, one: bool) -> Obse
         hessian = column([row.hessian for row in rows])
         if problem.hessian is None and problem.hessian_product is None:
             gradients *= 1 + sum(np.size(leaf) for leaf in jax.tree.leaves(x))
-    constraints = None
+    constraints = jacobian = None
     if problem.limits is not None:
         nothing = np.full(_count(problem.limits), np.nan)
         constraints = column(
             [nothing if row.constraints is None else row.constraints for row in rows]
         )
+        if gradient is not None:
+            size = sum(np.size(leaf) for leaf in jax.tree.leaves(x))
+            unknown = np.full((nothing.size, size), np.nan)
+            jacobian = column([unknown if row.jacobian is None else row.jacobian for row in rows])
     return Observed(
         column([(row.value, row.value_error, row.gradient_error) for row in rows]),
         np.asarray((sum(row.calls for row in rows), gradients)),
@@ -441,6 +477,7 @@ def _assemble(problem: Objective, rows: list[Row], x: PyTree, one: bool) -> Obse
         gradient,
         hessian,
         constraints,
+        jacobian,
     )
 
 

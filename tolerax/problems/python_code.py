@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from tolerax.problems.differences import differences, flat_bounds
+from tolerax.problems.differences import differences, flat_bounds, jacobian_by_differences
 from tolerax.problems.hessians import host_hessian
 
 DIFFERENCES = ("2-point", "3-point")
@@ -19,7 +19,7 @@ DIFFERENCES = ("2-point", "3-point")
 
 class Wanted(NamedTuple):
     """What is asked at every point: the gradient and how to get it, within which bounds, and the
-    tolerance on its error; and the constraints."""
+    tolerance on its error; the constraints and their Jacobian."""
 
     gradient: Any
     derivatives: int
@@ -29,6 +29,7 @@ class Wanted(NamedTuple):
     constraint_count: int = 0
     hessian: Callable | None = None
     hessian_product: Callable | None = None
+    constraint_jacobian: Any = None
 
 
 # `lost`: the point killed its worker.
@@ -47,6 +48,7 @@ class Row(NamedTuple):
     error: str = ""
     constraints: np.ndarray | None = None
     hessian: np.ndarray | None = None
+    jacobian: np.ndarray | None = None
 
 
 def failed(x: PyTree, derivatives: int, calls: int = 1) -> Row:
@@ -67,6 +69,13 @@ def call(fun: Callable, x: PyTree, wanted: Wanted) -> Row:
         row = _with_hessian(row, fun, x, wanted)
     if wanted.constraints is None or not np.isfinite(row.value):
         return row
+    values = _constraints(x, wanted)
+    jacobian = _constraint_jacobian(x, values, wanted) if wanted.derivatives else None
+    return row._replace(constraints=values, jacobian=jacobian)
+
+
+def _constraints(x: PyTree, wanted: Wanted) -> np.ndarray:
+    assert wanted.constraints is not None
     leaves = jax.tree.leaves(wanted.constraints(jax.tree.map(np.array, x)))
     values = np.concatenate([np.ravel(np.asarray(leaf)) for leaf in leaves] or [np.zeros(0)])
     if values.size != wanted.constraint_count or np.iscomplexobj(values):
@@ -74,7 +83,30 @@ def call(fun: Callable, x: PyTree, wanted: Wanted) -> Row:
             f"{values.size} constraints of type {values.dtype} came back: constraint_bounds has "
             f"{wanted.constraint_count} real ones."
         )
-    return row._replace(constraints=values.astype(float))
+    return values.astype(float)
+
+
+def _constraint_jacobian(x: PyTree, values: np.ndarray, wanted: Wanted) -> np.ndarray:
+    """The derivatives of the constraints over the flat x, as given or by differences."""
+    flat, tree = _raveled(x)
+    if callable(wanted.constraint_jacobian):
+        matrix = np.asarray(wanted.constraint_jacobian(tree(flat)))
+        if matrix.shape != (values.size, flat.size) or np.iscomplexobj(matrix):
+            raise TypeError(
+                f"the Jacobian of the constraints has shape {matrix.shape} and type "
+                f"{matrix.dtype}: return a real matrix of shape {(values.size, flat.size)}, a row "
+                "for each constraint."
+            )
+        return matrix.astype(float)
+    lower, upper = flat_bounds(wanted.bounds, jax.tree.leaves(x))
+    return jacobian_by_differences(
+        lambda at: _constraints(tree(at), wanted),
+        flat,
+        values,
+        lower=lower,
+        upper=upper,
+        central=wanted.constraint_jacobian == "3-point",
+    )
 
 
 def _with_hessian(row: Row, fun: Callable, x: PyTree, wanted: Wanted) -> Row:

@@ -12,7 +12,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from tolerax.contracts import Evaluation, Problem, Query, Work, constrained, exact_evaluation
-from tolerax.problems.objective import HessianOf, JacobianOf
+from tolerax.problems.hessians import JacobianOf
+from tolerax.problems.objective import HessianOf
 from tolerax.problems.onnx import read_onnx
 from tolerax.validation import check_order
 
