@@ -1,6 +1,6 @@
 """The figures of consensus-based optimization: `python -m benchmarks cbo`."""
 
-from benchmarks import cbo_devices, cbo_hopping, cbo_rotated, cbo_speed, cbo_success
+from benchmarks import cbo_devices, cbo_hopping, cbo_memory, cbo_rotated, cbo_speed, cbo_success
 
 GROUPS = (
     cbo_success.RASTRIGIN_GROUP,
@@ -13,4 +13,5 @@ GROUPS = (
     cbo_speed.SPEED_GROUP,
     cbo_speed.MANY_GROUP,
     cbo_devices.GROUP,
+    cbo_memory.GROUP,
 )

@@ -19,7 +19,7 @@ from tolerax.contracts import (
     Work,
     tree_all_finite,
 )
-from tolerax.inner.particles import by_blocks, first_differentiated
+from tolerax.inner.particles import by_blocks, first_differentiated, in_parts
 from tolerax.progress import report_from_compiled
 from tolerax.solution import Best, History, Run, empty_history
 from tolerax.status import PointStatus, Status, is_failed, is_success
@@ -122,13 +122,14 @@ def ask(solver: Solver, run: Run, limits: dict[str, Array]) -> Query:
         again_x, again_mask = run.best.x, None
         again_carry = run.best.carry if query.carry is not None else None
     else:
-        spread = lambda q, b: jnp.broadcast_to(b, q.shape)  # noqa: E731
-        again_x = jax.tree.map(spread, query.x, run.best.x)
+        # The first of the points: to put it in the place of all would take their memory again.
+        first = lambda q, b: q.at[0].set(jnp.where(run.verifying, b, q[0]))  # noqa: E731
+        again_x, again_carry = jax.tree.map(first, query.x, run.best.x), query.carry
         again_mask = jnp.zeros_like(query.mask).at[0].set(True)
-        again_carry = query.carry
         if again_carry is not None:
-            again_carry = jax.tree.map(spread, again_carry, run.best.carry)
-        query = eqx.tree_at(lambda q: q.mask, query, _affordable(run, query.mask, limits))
+            again_carry = jax.tree.map(first, again_carry, run.best.carry)
+        mask = _affordable(run, query.mask, limits)
+        query = dataclasses.replace(query, x=again_x, carry=again_carry, mask=mask)
     cutoff = None if query.cutoff is None else jnp.full_like(query.cutoff, jnp.inf)
     effort = query.effort
     if effort is not None:
@@ -143,7 +144,7 @@ def evaluated(problem: Problem, query: Query) -> Evaluation:
     """The answer of a problem."""
     if query.first_only:
         return first_differentiated(problem, query)
-    return problem.evaluate(query) if query.sharding is None else by_blocks(problem, query)
+    return in_parts(problem, query) if query.sharding is None else by_blocks(problem, query)
 
 
 def _affordable(run: Run, mask: Array, limits: dict[str, Array]) -> Array:
@@ -166,13 +167,14 @@ def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
             "have a `violation`: use a solver that does, for instance `CBO`."
         )
     checked = _check_claim(solver, run, query, evaluation)
+    shown = _candidate(solver, query, evaluation, run)
     told = solver.tell(run.solver_state, query, evaluation)
     keep = run.verifying
     state = choose(keep, run.solver_state, told)
     done, outcome = solver.terminate(state)
     claims = done & is_success(outcome) & ~keep
     own = jax.tree.map(jnp.subtract, solver.work(state), solver.work(run.solver_state))
-    run = _note(solver, run, query, evaluation, own, claims)
+    run = _note(solver, run, query, evaluation, shown, own, claims)
     ended = Status.where(done & ~claims, outcome, Status.running)
     status = Status.where(keep, checked, ended)
     # No solver has to look for these: there is nothing below minus infinity, and nothing that rests
@@ -185,7 +187,7 @@ def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
     claims = claims & ~bottomless & ~contradicted
     status = Status.where(run.status == Status.running, status, run.status)
     claim = Status.where(claims, outcome, run.claim)
-    history = _record(solver, run, query, evaluation, solver.record(state))
+    history = _record(run, query, evaluation, shown[0], solver.record(state))
     return Run(
         state,
         run.best,
@@ -201,10 +203,16 @@ def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
 
 
 def _note(
-    solver: Solver, run: Run, query: Query, evaluation: Evaluation, own: Work, claims: Array
+    solver: Solver,
+    run: Run,
+    query: Query,
+    evaluation: Evaluation,
+    shown: tuple[Best, Array],
+    own: Work,
+    claims: Array,
 ) -> Run:
     """Add the work, also the solver's own, and keep the best point."""
-    candidate, usable = _candidate(solver, query, evaluation, run)
+    candidate, usable = shown
     failed = is_failed(evaluation.status)
     failed = jnp.sum(failed if query.mask is None else failed & query.mask)
     best = run.best
@@ -299,10 +307,9 @@ def _check_claim(solver: Solver, run: Run, query: Query, evaluation: Evaluation)
 
 
 def _record(
-    solver: Solver, run: Run, query: Query, evaluation: Evaluation, extra: dict[str, Array]
+    run: Run, query: Query, evaluation: Evaluation, shown: Best, extra: dict[str, Array]
 ) -> Any:
     """One more row."""
-    shown, _ = _candidate(solver, query, evaluation, run)
     accuracy, achieved = query.accuracy, evaluation.achieved
     row = {
         "value": shown.value,

@@ -219,7 +219,7 @@ def test_an_ensemble_that_does_not_fit_is_named():
 
 def test_block_sums_are_sums():
     over = on_one_device()
-    np.testing.assert_allclose(total(X, over), np.sum(X, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(total(lambda x: x, X, over=over), np.sum(X, axis=0), rtol=1e-12)
     np.testing.assert_allclose(weighted_mean(E, X, over), E @ X / E.sum(), rtol=1e-12)
     assert [blocks_of(n) for n in (64, 100, 7, 1000)] == [64, 4, 1, 8]
 

@@ -13,9 +13,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from tolerax.contracts import Evaluation, Problem, Query
+from tolerax.inner.noise import LARGE
 from tolerax.inner.noise import blocks_of as blocks_of
 from tolerax.inner.noise import normal as normal
 
@@ -35,11 +36,26 @@ def distributed(x: Array, sharding: NamedSharding | None) -> Array:
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def total(x: Float[Array, "n *rest"], sharding: NamedSharding | None = None) -> Array:
-    """The sum over the rows, in blocks."""
-    if sharding is None:
-        return jnp.sum(x, axis=0)
-    return _summed(lambda x: jnp.sum(x, axis=0), sharding, x)
+def total(change: Callable[..., Array], *rows: Array, over: NamedSharding | None = None) -> Array:
+    """The sum of `change(*rows)` over the rows. On a CPU XLA would hold what it sums in memory as a
+    whole: of many rows it is changed and summed block by block."""
+    if over is not None:
+        return _summed(lambda x: jnp.sum(x, axis=0), over, change(*rows))
+    whole = lambda *rows: jnp.sum(change(*rows), axis=0)  # noqa: E731
+    if rows[0].size <= LARGE:
+        return whole(*rows)
+    count = blocks_of(rows[0].shape[0])
+    size = rows[0].shape[0] // count
+
+    def by_blocks(*rows: Array) -> Array:
+        def add(i: Array, sums: Array) -> Array:
+            block = (jax.lax.dynamic_slice_in_dim(leaf, i * size, size) for leaf in rows)
+            return sums + whole(*block)
+
+        sums = jax.eval_shape(whole, *rows)
+        return jax.lax.fori_loop(0, count, add, jnp.zeros(sums.shape, sums.dtype))
+
+    return jax.lax.platform_dependent(*rows, cpu=by_blocks, default=whole)
 
 
 def weighted_mean(
@@ -49,7 +65,7 @@ def weighted_mean(
     if sharding is None:
         return (w @ x) / jnp.sum(w)
     mean = _summed(lambda w, x: jnp.sum(w[:, None] * x, axis=0), sharding, w, x)
-    return mean / total(w, sharding)
+    return mean / total(lambda w: w, w, over=sharding)
 
 
 def _summed(sums: Callable[..., Array], sharding: NamedSharding, *rows: Array) -> Array:
@@ -69,8 +85,8 @@ def _summed(sums: Callable[..., Array], sharding: NamedSharding, *rows: Array) -
 def when(
     flag: Bool[Array, ""],
     change: Callable[[Array, Array], Array],
-    x: Float[Array, "*shape"],
-) -> Float[Array, "*shape"]:
+    x: Shaped[Array, "*shape"],
+) -> Shaped[Array, "*shape"]:
     """`change(x, flag)` if the flag is set, else x.
 
     A loop of at most one turn: unlike a conditional it copies nothing where the flag is not set,
@@ -136,14 +152,14 @@ def _if_wanted(problem: Problem, query: Query, wanted: Bool[Array, ""]) -> Evalu
 
 
 def by_blocks(problem: Problem, query: Query) -> Evaluation:
-    """The answer to a batch with a `sharding`: every device evaluates what it holds, in blocks.
+    """The answer to a batch in blocks of fixed size; with a `sharding` every device evaluates what
+    it holds.
 
     Compiled code may round differently for batches of different length: blocks always have the
     same one.
     """
     sharding = query.sharding
     assert query.mask is not None
-    assert sharding is not None
     size = query.mask.shape[0] // blocks_of(query.mask.shape[0])
     asked, rest = eqx.partition(query, eqx.is_array)
     problem_arrays, problem_rest = eqx.partition(problem, eqx.is_array)
@@ -152,18 +168,42 @@ def by_blocks(problem: Problem, query: Query) -> Evaluation:
         return eqx.combine(arrays, problem_rest).evaluate(eqx.combine(asked, rest))
 
     def local(arrays: PyTree, asked: PyTree) -> PyTree:
-        blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), asked)
-        found = jax.lax.map(lambda one: eqx.filter(evaluate(arrays, one), eqx.is_array), blocks)
-        axes = sharding.mesh.axis_names
-        work = jax.tree.map(lambda count: jax.lax.psum(jnp.sum(count), axes), found.work)
+        def block(i: Array) -> PyTree:
+            rows = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i * size, size)  # noqa: E731
+            return eqx.filter(evaluate(arrays, jax.tree.map(rows, asked)), eqx.is_array)
+
+        found = jax.lax.map(block, jnp.arange(jax.tree.leaves(asked)[0].shape[0] // size))
+        work = jax.tree.map(jnp.sum, found.work)
+        if sharding is not None:
+            work = jax.lax.psum(work, sharding.mesh.axis_names)
         joined = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
         return eqx.tree_at(lambda e: e.work, joined, work)
 
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), asked)
     shapes = eqx.filter_eval_shape(evaluate, problem_arrays, one)
     arrays, static = eqx.partition(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    if sharding is None:
+        return eqx.combine(local(problem_arrays, asked), static)
     rows, everywhere = sharding.spec, PartitionSpec()
     specs = jax.tree.map(lambda _: rows, arrays)
     specs = eqx.tree_at(lambda e: e.work, specs, jax.tree.map(lambda _: everywhere, arrays.work))
     spread = jax.shard_map(local, mesh=sharding.mesh, in_specs=(everywhere, rows), out_specs=specs)
     return eqx.combine(spread(problem_arrays, asked), static)
+
+
+def in_parts(problem: Problem, query: Query) -> Evaluation:
+    """The answer to a batch; on a CPU in blocks where there are so many numbers that what an
+    objective computes on its way would take more memory than the points."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(query.x))
+    if query.mask is None or query.derivatives or problem.host or size <= LARGE:
+        return problem.evaluate(query)
+    asked, rest = eqx.partition(query, eqx.is_array)
+    outcome = eqx.filter_eval_shape(problem.evaluate, query)
+    static = eqx.filter(outcome, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
+
+    def answer(how: Callable[[Query], Evaluation]) -> Callable[[PyTree], PyTree]:
+        return lambda asked: eqx.filter(how(eqx.combine(asked, rest)), eqx.is_array)
+
+    parts = answer(lambda query: by_blocks(problem, query))
+    found = jax.lax.platform_dependent(asked, cpu=parts, default=answer(problem.evaluate))
+    return eqx.combine(found, static)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Start
-from tolerax.inner.noise import fold_in, normal, uniform
+from tolerax.inner.noise import LARGE, fold_in, normal, uniform
 from tolerax.inner.particles import blocks_of, distributed, replicated, total, when
 from tolerax.solvers._common import Box, select
 from tolerax.solvers._population import (
@@ -287,12 +287,9 @@ class CBO(Population):
     def _asked(self, state: CBOState) -> Positions:
         """The particles, the first ones in exchange for probes where it is time for them."""
         x = state.x if self.batch is None else state.x[self._members(state)]
-        count = min(x.shape[0], MOST_PROBES)
-        none = jnp.zeros((count, x.shape[1]), x.dtype)
-        probes = when(state.probing, lambda none, now: self._probes(state, none, now), none)
-        probes = jnp.pad(probes, ((0, x.shape[0] - count), (0, 0)))
-        first = state.probing & (jnp.arange(x.shape[0]) < count)
-        return jnp.where(first[:, None], probes, x)
+        first = x[: min(x.shape[0], MOST_PROBES)]
+        first = when(state.probing, lambda first, now: self._probes(state, first, now), first)
+        return jax.lax.dynamic_update_slice(x, first, (0, 0))
 
     def _probes(self, state: CBOState, like: Positions, now: Array) -> Positions:
         """Points around the best one, at distances that halve from the spread of the start."""
@@ -377,6 +374,23 @@ class CBO(Population):
         """All particles, with those that were evaluated at x."""
         return x if self.batch is None else state.x.at[self._members(state)].set(x)
 
+    def _replaced(self, state: CBOState, x: Positions, ok: Bool[Array, " n"]) -> Positions:
+        """Failed particles put where others are, drawn at random."""
+        key, any_failed = self._key(state, 1), jnp.sum(ok) < ok.size
+
+        def donors(now: Array) -> Int[Array, " n"]:
+            rank = jnp.cumsum(ok & now)
+            drawn = uniform(fold_in(key, now.astype(jnp.int32)), ok.size)
+            return jnp.searchsorted(rank, (jnp.floor(rank[-1] * drawn) + 1).astype(rank.dtype))
+
+        if x.size <= LARGE:
+            change = lambda x, now: jnp.where(ok[:, None], x, x[donors(now)])  # noqa: E731
+            return when(any_failed, change, x)
+        # A loop would hold the particles twice.
+        rows = jnp.arange(ok.size)
+        change = lambda rows, now: jnp.where(ok, rows, donors(now))  # noqa: E731
+        return x[when(any_failed, change, rows)]
+
     def _moved(
         self,
         state: CBOState,
@@ -389,7 +403,6 @@ class CBO(Population):
     ) -> CBOState:
         """One step of the particles."""
         over = self.sharding if self.batch is None else None
-        noise_key, copy_key = self._key(state, 0), self._key(state, 1)
         members = None if self.batch is None else self._members(state)
         memory = state.memory
         anchor, anchor_energy = x, energy
@@ -401,9 +414,8 @@ class CBO(Population):
             violation = jnp.where(better, violation, old[2])
         agreed: Agreement = self.consensus(anchor, anchor_energy, violation, state.step, over)
         m = agreed.point
-
-        placed = when(jnp.sum(ok) < ok.size, lambda x, now: _replaced(x, ok, copy_key, now), x)
         dual_m = self._dual(m)
+        placed = self._replaced(state, x, ok)
         u = self._dual(placed) - dual_m
         drifted = (1 - self.drift * self.dt) * u
         if memory is not None and self.memory is not None:
@@ -413,13 +425,22 @@ class CBO(Population):
             usable = ok[:, None] & jnp.isfinite(gradient)
             drifted = drifted - self.gradient * self.dt * jnp.where(usable, gradient, 0)
         noise_memory = self.noise.update(state.noise, placed, agreed)
-        noise = self.noise(noise_key, u, drifted, state.scale, agreed.weights, noise_memory, over)
+        key, weights = self._key(state, 0), agreed.weights
+        noise = self.noise(key, u, drifted, state.scale, weights, noise_memory, over)
         if pull is not None and self.constraint_drift is not None:
             rate = self.constraint_drift * self.dt
             noise = u + jax.vmap(lambda *of: _implicit(rate, *of))(noise - u, ok, *pull)
         moved = self._primal(state.box, dual_m + noise)
-        close = (jnp.abs(placed - m) <= self.tol * (1 + jnp.abs(m))) & ok[:, None]
-        agree = jnp.min(total(close.astype(x.dtype), over)) >= 0.5 * x.shape[0]
+
+        def near(x: Array, ok: Array, m: Array = m) -> Array:
+            return ((jnp.abs(x - m) <= self.tol * (1 + jnp.abs(m))) & ok[:, None]).astype(x.dtype)
+
+        def distance(x: Array, ok: Array, m: Array = m) -> Array:
+            return jnp.where(ok[:, None], jnp.abs(self._dual(x) - self._dual(m)), 0)
+
+        seen = (x, ok) if m.shape[0] == 1 else (x, ok, m)
+        agree = jnp.min(total(near, *seen, over=over)) >= 0.5 * x.shape[0]
+        width = jnp.max(total(distance, *seen, over=over)) / jnp.maximum(jnp.sum(ok), 1)
         agreeing = jnp.where(agree, state.agreeing + 1, 0)
         if memory is not None:
             memory = jax.tree.map(
@@ -434,7 +455,7 @@ class CBO(Population):
             memory=memory,
             consensus=jnp.mean(m, axis=0),
             effective=agreed.effective,
-            width=jnp.max(total(jnp.abs(u), over)) / x.shape[0],
+            width=width,
             step=state.step + 1,
             agreeing=agreeing,
             probing=agreeing > self.patience,
@@ -445,14 +466,6 @@ class CBO(Population):
 
     def record(self, state: CBOState) -> dict[str, Array]:
         return {"iteration": state.step, "spread": state.width, "effective": state.effective}
-
-
-def _replaced(x: Positions, ok: Bool[Array, " n"], key: PRNGKeyArray, now: Array) -> Positions:
-    """Failed particles put where others are, drawn at random."""
-    rank = jnp.cumsum(ok & now)
-    drawn = jnp.floor(rank[-1] * uniform(fold_in(key, now.astype(jnp.int32)), x.shape[0])) + 1
-    donor = jnp.searchsorted(rank, drawn.astype(rank.dtype))
-    return jnp.where(ok[:, None], x, x[donor])
 
 
 def _linearized(
