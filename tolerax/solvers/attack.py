@@ -11,16 +11,25 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start, State
-from tolerax.inner.lbfgs import Pairs, add_pair, inverse_product, no_pairs
+from tolerax.inner.lbfgs import Pairs, add_pair, no_pairs
 from tolerax.inner.particles import only_rows
 from tolerax.inner.positive_bases import positive_basis
+from tolerax.solvers._attack_steps import (
+    Held,
+    directions,
+    none_held,
+    remembered,
+    tangents,
+    weighted,
+    with_earlier,
+)
 from tolerax.solvers._common import Box, select
 from tolerax.solvers._population import check_positive, flat
 from tolerax.solvers.cdsm import CDSM
 from tolerax.solvers.model_trust_region import ModelTrustRegion, first_radius
 from tolerax.status import Status, is_failed, is_success
 
-GRADIENT, LADDER, OTHER = range(3)
+GRADIENT, LADDER, SCATTER, OTHER = range(4)
 KINDS = 4  # sign, gradient, momentum, quasi-Newton
 FACTORS = (4.0, 1.0, 0.25, 0.0625)  # of the length that was best before
 SMALLEST = 1e-10  # length, in units, below which attacks find nothing
@@ -32,8 +41,12 @@ class AttackState(eqx.Module):
 
     x: Float[Array, " n"]
     energy: Float[Array, ""]
-    g: Float[Array, " n"]
+    violation: Float[Array, ""]
+    normal: Float[Array, " n"]
+    back: Float[Array, ""]
+    kinds: Float[Array, "kinds n"]
     before: tuple[Float[Array, " n"], Float[Array, " n"]]
+    held: Held
     momentum: Float[Array, " n"]
     pairs: Pairs
     lengths: Float[Array, " kinds"]
@@ -46,6 +59,8 @@ class AttackState(eqx.Module):
     spent: Int[Array, ""]
     burst: Int[Array, ""]
     over: Bool[Array, " others"]
+    feasible: Bool[Array, ""]
+    restarted: Int[Array, ""]
     at_turn: Float[Array, ""]
     penalty: Float[Array, ""]
     iteration: Int[Array, ""]
@@ -103,6 +118,7 @@ class DirectionalAttack(Solver):
     tol: float = 1e-6
     gain: float = 1e-2
     burst: float = 10.0
+    restarts: int = 20
     samples: int = eqx.field(static=True, default=0)
     memory: int = eqx.field(static=True, default=10)
     penalty: float = 1.0
@@ -151,8 +167,12 @@ class DirectionalAttack(Solver):
         state = AttackState(
             x=u,
             energy=inf,
-            g=jnp.zeros_like(u),
+            violation=inf,
+            normal=jnp.zeros_like(u),
+            back=jnp.ones((), dtype),
+            kinds=jnp.zeros((KINDS, n), dtype),
             before=(u, jnp.zeros_like(u)),
+            held=none_held(u, start.constraint_bounds is not None),
             momentum=jnp.zeros_like(u),
             pairs=no_pairs(self.memory, u),
             lengths=jnp.ones(KINDS, dtype),
@@ -166,8 +186,10 @@ class DirectionalAttack(Solver):
             ),
             turn=count,
             spent=count,
-            burst=jnp.array(self.burst * (n + 1), jnp.int64 if dtype == jnp.float64 else jnp.int32),
+            burst=self._first_burst(u),
             over=jnp.zeros(len(then), bool),
+            feasible=jnp.array(False),
+            restarted=count,
             at_turn=inf,
             penalty=jnp.asarray(self.penalty, dtype),
             iteration=count,
@@ -180,6 +202,10 @@ class DirectionalAttack(Solver):
             status=Status.running,
         )
         return self._look(state, jnp.array(True))
+
+    def _first_burst(self, x: Array) -> Array:
+        kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+        return jnp.asarray(self.burst * (x.size + 1)).astype(kind)
 
     def _rungs(self) -> int:
         return max(KINDS * len(FACTORS), 2 * self.samples)
@@ -213,7 +239,7 @@ class DirectionalAttack(Solver):
         points = jnp.clip(
             state.unit[None] * state.rungs, state.box.lower[None], state.box.upper[None]
         )
-        count = jnp.where(state.mode == LADDER, KINDS * len(FACTORS), 2 * self.samples)
+        count = jnp.where(state.mode == GRADIENT, 2 * self.samples, KINDS * len(FACTORS))
         return points, jnp.arange(self._rungs()) < count
 
     # -- tell -------------------------------------------------------------------------------------
@@ -228,17 +254,22 @@ class DirectionalAttack(Solver):
             violation = jnp.where(ok, evaluation.violation.astype(dtype), 0)
         energy = jnp.where(ok, value + state.penalty * violation, jnp.inf)
         points = flat(query.x) / state.unit[None]
-        state = dataclasses.replace(state, iteration=state.iteration + 1)
+        state = dataclasses.replace(
+            state,
+            iteration=state.iteration + 1,
+            feasible=state.feasible | jnp.any(ok & (violation <= self.feasible_within)),
+        )
         told = (points, energy, violation)
         branches = [
             lambda: self._tell_gradient(state, evaluation, *told),
             lambda: self._tell_ladder(state, *told),
+            lambda: self._tell_scatter(state, *told),
         ]
         branches += [
             lambda i=i: self._tell_other(i, state, query, evaluation, *told)
             for i in range(len(state.others))
         ]
-        which = jnp.where(state.mode == OTHER, 2 + state.turn, state.mode)
+        which = jnp.where(state.mode == OTHER, OTHER + state.turn, state.mode)
         return jax.lax.switch(which, branches)
 
     def _tell_gradient(
@@ -249,7 +280,7 @@ class DirectionalAttack(Solver):
         energy: Array,
         violation: Array,
     ) -> AttackState:
-        """A direction, and a ladder along it; or the turn of the others."""
+        """Directions, and a ladder along them; or the turn of the others."""
         if self.samples:
             here = jnp.where(jnp.isfinite(state.energy), state.energy, energy[0])
             g = self._estimated(state, energy[1:])
@@ -257,31 +288,56 @@ class DirectionalAttack(Solver):
             here = energy[0]
             g, _ = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], evaluation.gradient))
             g = state.unit * g.astype(state.x.dtype)
-            if evaluation.jacobian is not None:
-                g = g + state.penalty * state.unit * self._slope(state, evaluation)
-        hard = violation[0] > self.feasible_within
-        more = jnp.where(hard, 0.5 * state.penalty, 0)
+        tight, earlier = None, g
+        if state.limits is not None and evaluation.jacobian is not None:
+            held = state.held
+            tight = tangents(evaluation, state.limits, state.unit, state.x)
+            tight = with_earlier(tight, held, evaluation, state.limits)
+            earlier = g + weighted(evaluation, held.places, held.weights, state.unit) + held.rest
         old_x, old_g = state.before
-        pairs = add_pair(state.pairs, state.x - old_x, g - old_g)
-        known = jnp.any(old_g != 0) & jnp.all(jnp.isfinite(g))
-        free = ~_blocked(state, g)
-        size = jnp.linalg.norm(jnp.where(free, g, 0))
-        usable = jnp.isfinite(here) & jnp.isfinite(size) & (size > 0)
-        length = jnp.where(size > 0, size, 1)
+        pairs = add_pair(state.pairs, state.x - old_x, earlier - old_g)
+        known = jnp.any(old_g != 0) & jnp.all(jnp.isfinite(earlier))
+        state = dataclasses.replace(state, pairs=select(known, pairs, state.pairs))
+        blocked = lambda z: _blocked(state, z)  # noqa: E731
+        length = jnp.clip(state.lengths[1], 1e-3, 1.0)
+        found = directions(g, tight, state.pairs, state.momentum, length, blocked)
+        more = jnp.zeros_like(here)
+        if tight is not None:
+            state = dataclasses.replace(state, held=remembered(state.held, tight, found.multipliers))
+            more = self._weight(state, violation[0], found.multipliers) - state.penalty
+        good = jnp.all(jnp.isfinite(found.slope)) & jnp.any(found.slope != 0)
+        usable = jnp.isfinite(here) & good
+        now = here + more * violation[0]
+        arrived = (violation[0] <= self.feasible_within) & (state.violation > self.feasible_within)
         state = dataclasses.replace(
             state,
-            energy=here + more * violation[0],
+            energy=now,
+            violation=violation[0],
             penalty=state.penalty + more,
-            g=g,
-            before=(state.x, g),
-            pairs=select(known, pairs, state.pairs),
-            momentum=0.9 * state.momentum + jnp.where(usable, jnp.where(free, g, 0) / length, 0),
-            # In the new penalty, or every gain would look large beside what was gained before.
-            began=jnp.where(jnp.isfinite(state.began), state.began, here) + more * violation[0],
+            normal=found.normal,
+            kinds=found.along,
+            before=(state.x, found.total),
+            momentum=jnp.where(usable, 0.9 * state.momentum + found.slope, state.momentum),
+            # In the new penalty, or every gain would look large beside what was gained before; and
+            # what was gained on the way to a feasible point says nothing of gains beyond.
+            began=jnp.where(
+                jnp.isfinite(state.began) & ~arrived, state.began + more * violation[0], now
+            ),
             mode=jnp.array(LADDER),
         )
-        state = dataclasses.replace(state, rungs=self._ladder(state, free))
+        state = dataclasses.replace(state, rungs=self._ladder(state))
         return select(usable, state, self._others_turn(state))
+
+    def _weight(self, state: AttackState, violation: Array, y: Array) -> Array:
+        """The penalty, so that the minimum of the sum is where the constraints hold, but little
+        more: along a curved constraint a large one allows short steps only."""
+        wanted = 2 * jnp.sum(jnp.abs(y))
+        low = violation <= self.feasible_within
+        least = jnp.where(low, 0.25 * state.penalty, state.penalty)
+        lasting = ~low & (violation > 0.5 * state.violation)
+        least = jnp.maximum(jnp.where(lasting, 1.5 * state.penalty, least), self.penalty)
+        weight = jnp.clip(wanted, least, jnp.maximum(10 * state.penalty, least))
+        return jnp.where(jnp.isfinite(weight), weight, state.penalty)
 
     def _estimated(self, state: AttackState, energy: Array) -> Array:
         """A gradient from central differences along orthogonal directions."""
@@ -293,33 +349,15 @@ class DirectionalAttack(Solver):
         # Of n directions only some were looked along.
         return (state.x.size / self.samples) * slopes @ steps
 
-    def _slope(self, state: AttackState, evaluation: Evaluation) -> Array:
-        """The derivative of the violation: that of the constraint that is violated most."""
-        lower, upper = state.limits if state.limits is not None else (-jnp.inf, jnp.inf)
-        values = jax.tree.map(lambda c: c[0], evaluation.constraints)
-        c, unravel = ravel_pytree(values)
-        low = ravel_pytree(jax.tree.map(jnp.broadcast_to, lower, jax.tree.map(jnp.shape, values)))[
-            0
-        ]
-        high = ravel_pytree(jax.tree.map(jnp.broadcast_to, upper, jax.tree.map(jnp.shape, values)))[
-            0
-        ]
-        out = jnp.maximum(low - c, c - high)
-        worst = jnp.argmax(out)
-        sign = jnp.where(c[worst] > high[worst], 1.0, -1.0) * (out[worst] > 0)
-        weights = unravel(jnp.zeros_like(c).at[worst].set(sign.astype(c.dtype)))
-        return ravel_pytree(evaluation.jacobian.rmv(weights))[0].astype(state.x.dtype)
+    def _ladder(self, state: AttackState) -> Array:
+        factors = jnp.asarray(FACTORS, state.x.dtype)
+        steps = factors[:, None, None] * (state.lengths[:, None] * state.kinds)[None]
+        back = jnp.minimum(4 * factors, 1)[:, None, None] * state.back * state.normal[None, None]
+        rungs = state.x[None] + (back - steps).reshape(-1, state.x.size)
+        return self._filled(state, rungs)
 
-    def _ladder(self, state: AttackState, free: Array) -> Array:
-        g = jnp.where(free, state.g, 0)
-        root = jnp.sqrt(jnp.asarray(g.size, g.dtype))
-        unit = lambda d: root * d / jnp.maximum(jnp.linalg.norm(d), jnp.finfo(d.dtype).tiny)  # noqa: E731
-        newton = inverse_product(state.pairs, g, free)
-        newton = jnp.where(jnp.dot(newton, g) > 0, newton, unit(g))
-        kinds = jnp.stack([jnp.sign(g), unit(g), unit(jnp.where(free, state.momentum, 0)), newton])
-        factors = jnp.asarray(FACTORS, g.dtype)
-        steps = factors[:, None, None] * (state.lengths[:, None] * kinds)[None]
-        rungs = state.x[None] - steps.reshape(-1, g.size)
+    def _filled(self, state: AttackState, rungs: Array) -> Array:
+        """As many rows as any attack asks for."""
         more = state.rungs.shape[0] - rungs.shape[0]
         return jnp.pad(rungs, ((0, more), (0, 0)), mode="edge")
 
@@ -336,24 +374,34 @@ class DirectionalAttack(Solver):
         at = jnp.argmin(energy.reshape(len(FACTORS), KINDS), axis=0)
         # A kind that found nothing tries shorter ones next time.
         lengths = state.lengths * jnp.where(by_kind, jnp.asarray(FACTORS)[at], FACTORS[-1] ** 2)
-        # The quasi-Newton step has a length of its own, once there is a pair.
-        newton = jnp.where(lower, 1.0, lengths[-1])
+        # The quasi-Newton step has a length of its own, once there is a pair; but where there are
+        # constraints that bend it may be far too long.
+        whole = jnp.ones_like(lengths[-1]) if state.limits is None else lengths[-1]
+        newton = jnp.minimum(jnp.where(lower, whole, lengths[-1]), 1)
+        back = jnp.where(lower, jnp.minimum(16 * state.back, 1), state.back / 16)
         lengths = jnp.clip(lengths.at[-1].set(newton), SMALLEST, 1e3).astype(state.x.dtype)
         gain = jnp.where(lower, state.energy - energy[best], 0)
         gains = jnp.roll(state.gains, 1).at[0].set(gain)
         now = jnp.where(lower, energy[best], state.energy)
-        enough = jnp.sum(gains) > self.gain * (state.began - now)
+        enough = jnp.sum(gains) > self._notable(state, now)
         hopeless = jnp.max(lengths) <= 16 * SMALLEST
         state = dataclasses.replace(
             state,
             x=jnp.where(lower, points[best], state.x),
             energy=now,
+            # Where whole steps succeed there was no kink in the way.
+            held=state.held.forgets(lower & (best % KINDS == KINDS - 1) & (best < 2 * KINDS)),
             lengths=lengths,
+            back=back,
             gains=gains,
             attacks=state.attacks + lower,
         )
         onward = self._look(state, lower)
         return select((enough & ~hopeless), onward, self._others_turn(state))
+
+    def _notable(self, state: AttackState, now: Array) -> Array:
+        """A gain to go on for: a share of what was gained so far, or of a value that falls to 0."""
+        return self.gain * jnp.minimum(state.began - now, jnp.abs(now))
 
     def _look(self, state: AttackState, moved: Array) -> AttackState:
         """The next question of an attack: the gradient where x is new, else a shorter ladder."""
@@ -364,13 +412,8 @@ class DirectionalAttack(Solver):
             basis = positive_basis(key, n, dtype=state.x.dtype)[: self.samples]
             steps = 0.1 * jnp.clip(state.lengths[1], 1e-6, 1.0) * basis
             rungs = jnp.concatenate([state.x[None] + steps, state.x[None] - steps])
-            more = self._rungs() - rungs.shape[0]
-            ahead = dataclasses.replace(
-                ahead, rungs=jnp.pad(rungs, ((0, more), (0, 0)), mode="edge")
-            )
-        again = dataclasses.replace(
-            state, mode=jnp.array(LADDER), rungs=self._ladder(state, ~_blocked(state, state.g))
-        )
+            ahead = dataclasses.replace(ahead, rungs=self._filled(state, rungs))
+        again = dataclasses.replace(state, mode=jnp.array(LADDER), rungs=self._ladder(state))
         return select(moved, ahead, again)
 
     # -- the others -------------------------------------------------------------------------------
@@ -452,14 +495,17 @@ class DirectionalAttack(Solver):
             spent=spent,
         )
         ended = done | (spent >= state.burst)
-        better = state.at_turn - state.energy > self.gain * (state.began - state.at_turn)
-        return select(ended, self._after_turn(i, state, better, status), state)
+        return select(ended, self._after_turn(i, state, status), state)
 
-    def _after_turn(self, i: int, state: AttackState, better: Array, status: Any) -> AttackState:
+    def _after_turn(self, i: int, state: AttackState, status: Any) -> AttackState:
         """Attack again where the others have moved on; else the next one's turn, for longer after a
         round of them."""
+        gained = state.at_turn - state.energy
+        notable = gained > self._notable(state, state.at_turn)
         count = len(state.others)
         last = i == count - 1
+        burst = jnp.where(notable, state.burst, (2 if last else 1) * state.burst)
+        state = dataclasses.replace(state, burst=burst)
         following = jnp.array((i + 1) % count)
         if count > 1:
             order = (i + 1 + jnp.arange(count)) % count
@@ -468,22 +514,67 @@ class DirectionalAttack(Solver):
             state,
             turn=following,
             spent=jnp.zeros_like(state.spent),
-            burst=jnp.where(last, 2 * state.burst, state.burst),
             done=jnp.all(state.over),
             status=Status.where(jnp.all(state.over), status, state.status),
         )
+        # Where turns find nothing to hold on to, elsewhere there may be something.
+        lost = jnp.all(state.over) & ~is_success(status) | (jnp.array(last) & ~state.feasible)
+        elsewhere = lost & (state.restarted < self.restarts)
+        waiting = select(elsewhere, self._scatter(state), waiting)
+        # After a round the least gain is reason enough for an attack, which costs little.
+        again = notable | (last & (gained > 0))
+        return select(again, self._look(self._afresh(state), jnp.array(True)), waiting)
+
+    def _afresh(self, state: AttackState) -> AttackState:
+        """An attack that knows nothing but its point."""
         nothing = jnp.zeros_like(state.x)
-        fresh = dataclasses.replace(
+        return dataclasses.replace(
             state,
             turn=jnp.zeros_like(state.turn),
             pairs=no_pairs(self.memory, state.x),
             before=(state.x, nothing),
+            held=jax.tree.map(jnp.zeros_like, state.held),
+            violation=jnp.full_like(state.violation, jnp.inf),
             momentum=nothing,
             lengths=jnp.maximum(state.lengths, 1e-3),
+            back=jnp.ones_like(state.back),
             began=state.energy,
             gains=jnp.full_like(state.gains, jnp.inf),
         )
-        return select(better, self._look(fresh, jnp.array(True)), waiting)
+
+    # -- elsewhere --------------------------------------------------------------------------------
+
+    def _scatter(self, state: AttackState) -> AttackState:
+        """Random points within the bounds, or near x where there are none."""
+        key = jax.random.fold_in(state.key, state.iteration)
+        low, high = state.box.lower / state.unit, state.box.upper / state.unit
+        low = jnp.where(jnp.isfinite(low), low, jnp.minimum(state.x, high) - 4)
+        high = jnp.where(jnp.isfinite(high), high, jnp.maximum(state.x, low) + 4)
+        shares = jax.random.uniform(key, (KINDS * len(FACTORS), state.x.size), state.x.dtype)
+        return dataclasses.replace(
+            state,
+            rungs=self._filled(state, low[None] + shares * (high - low)[None]),
+            mode=jnp.array(SCATTER),
+            restarted=state.restarted + 1,
+            burst=self._first_burst(state.x),
+        )
+
+    def _tell_scatter(
+        self, state: AttackState, points: Array, energy: Array, violation: Array
+    ) -> AttackState:
+        """Attack from the point that violates least, and has the lowest value of those."""
+        count = KINDS * len(FACTORS)
+        points, energy, violation = points[1:][:count], energy[1:][:count], violation[1:][:count]
+        violation = jnp.where(jnp.isfinite(energy), violation, jnp.inf)
+        least = violation <= jnp.maximum(jnp.min(violation), self.feasible_within)
+        best = jnp.argmin(jnp.where(least, energy, jnp.inf))
+        state = dataclasses.replace(
+            state,
+            x=points[best],
+            energy=energy[best],
+            lengths=jnp.ones_like(state.lengths),
+        )
+        return self._look(self._afresh(state), jnp.array(True))
 
     # -- the end ----------------------------------------------------------------------------------
 
