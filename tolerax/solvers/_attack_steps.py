@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Evaluation
 from tolerax.inner.lbfgs import Pairs, inverse_product
@@ -251,3 +251,39 @@ def _within(
             total = g + y @ tight.rows
             free = ~blocked(total)
     return inverse(total, free), total, free, y
+
+
+def estimated(rungs: Float[Array, "twice n"], energy: Float[Array, " more"]) -> Float[Array, " n"]:
+    """A gradient from central differences along orthogonal directions: of the points the first half
+    is on one side, the other on the other."""
+    samples = rungs.shape[0] // 2
+    up, down = energy[:samples], energy[samples : 2 * samples]
+    steps = (rungs[:samples] - rungs[samples:]) / 2
+    squares = jnp.sum(steps**2, axis=1)
+    slopes = jnp.where(squares > 0, (up - down) / (2 * jnp.where(squares > 0, squares, 1)), 0)
+    slopes = jnp.where(jnp.isfinite(slopes), slopes, 0)
+    # Of n directions only some were looked along.
+    return (rungs.shape[1] / samples) * slopes @ steps
+
+
+def penalty_for(
+    y: Float[Array, " all"],
+    penalty: Float[Array, ""],
+    least: ArrayLike,
+    violation: Float[Array, ""],
+    before: Float[Array, ""],
+    feasible_within: ArrayLike,
+) -> Float[Array, ""]:
+    """The next penalty: so that the minimum of the sum is where the constraints hold, but little
+    more, since along a curved constraint a large one allows short steps only.
+
+    It follows the multipliers `y`; at feasible points it may fall, down to `least`; where the
+    violation has not halved since `before` it grows.
+    """
+    low = violation <= feasible_within
+    lasting = ~low & (violation > 0.5 * before)
+    floor = jnp.where(low, 0.25 * penalty, jnp.where(lasting, 1.5 * penalty, penalty))
+    floor = jnp.maximum(floor, least)
+    wanted = 2 * jnp.sum(jnp.abs(y))
+    wanted = jnp.clip(wanted, floor, jnp.maximum(10 * penalty, floor))
+    return jnp.where(jnp.isfinite(wanted), wanted, penalty)

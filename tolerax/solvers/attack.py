@@ -8,16 +8,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Bool, PRNGKeyArray, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start, State
-from tolerax.inner.lbfgs import Pairs, add_pair, no_pairs
+from tolerax.inner.lbfgs import add_pair, no_pairs
 from tolerax.inner.particles import only_rows
 from tolerax.inner.positive_bases import positive_basis
+from tolerax.solvers._attack_state import AttackState
 from tolerax.solvers._attack_steps import (
-    Held,
     directions,
+    estimated,
     none_held,
+    penalty_for,
     remembered,
     tangents,
     weighted,
@@ -35,55 +37,23 @@ FACTORS = (4.0, 1.0, 0.25, 0.0625)  # of the length that was best before
 SMALLEST = 1e-10  # length, in units, below which attacks find nothing
 
 
-class AttackState(eqx.Module):
-    """The point that is attacked and what is known there, the ladder, and the states of the other
-    solvers. Points are in the units of `unit`."""
-
-    x: Float[Array, " n"]
-    energy: Float[Array, ""]
-    violation: Float[Array, ""]
-    normal: Float[Array, " n"]
-    back: Float[Array, ""]
-    kinds: Float[Array, "kinds n"]
-    before: tuple[Float[Array, " n"], Float[Array, " n"]]
-    held: Held
-    momentum: Float[Array, " n"]
-    pairs: Pairs
-    lengths: Float[Array, " kinds"]
-    rungs: Float[Array, "rungs n"]
-    mode: Int[Array, ""]
-    began: Float[Array, ""]
-    gains: Float[Array, " recent"]
-    others: tuple[State, ...]
-    turn: Int[Array, ""]
-    spent: Int[Array, ""]
-    burst: Int[Array, ""]
-    over: Bool[Array, " others"]
-    feasible: Bool[Array, ""]
-    restarted: Int[Array, ""]
-    at_turn: Float[Array, ""]
-    penalty: Float[Array, ""]
-    iteration: Int[Array, ""]
-    attacks: Int[Array, ""]
-    unit: Float[Array, " n"]
-    box: Box
-    limits: tuple[PyTree, PyTree] | None
-    key: PRNGKeyArray
-    done: Bool[Array, ""]
-    status: Any
-
-
 class DirectionalAttack(Solver):
     """Attacks along the gradient through a network, then solvers that need none.
 
     An attack asks for the gradient at the best point, and then for the values along four
     directions from it (the signs of the gradient, the gradient, a momentum of it, and an L-BFGS
     direction), each at four lengths, in one batch; the lowest is the next point. Signs and gradient
-    are taken in the unit of each variable, and the lengths follow what succeeded. Where attacks
-    stall (the last three together lower the value by less than `gain` of what they have lowered it
-    by so far; or the gradient is zero, as in the flat parts of a network) the solvers of `then`
-    take turns, from the best point on, and as soon as one has found a lower value attacks begin
-    again there. Turns that find nothing grow twice as long, so that most of a long run is theirs.
+    are taken in the unit of each variable, and the lengths follow what succeeded. Where there are
+    constraints, the directions are those of the Lagrangian, within the tangents of the tightest
+    constraints here and at the last points, and each rung also steps back to these tangents.
+
+    Where attacks stall (the last three together lower the value by less than `gain` of what they
+    have lowered it by so far, or of the value; or the gradient is zero, as in the flat parts of a
+    network) the solvers of `then` take turns, from the best point on. As soon as one has lowered
+    the value by as much, or all of them by anything at all, attacks begin again there. Turns that
+    find little grow twice as long, so that most of a long run is theirs. Where they end without
+    success, or as long as no point was feasible, the run begins anew from one of 16 random points
+    within the bounds: the lowest of those that violate least.
 
     All of this is heuristic: since the solvers of `then` begin anew after each success, a run
     inherits none of their guarantees.
@@ -94,6 +64,7 @@ class DirectionalAttack(Solver):
     - `radius`: the unit of each variable, and the first length: a number or a pytree like x; by
       default a fifth of the distance of the bounds, and `max(1, |x0|) / 2` for variables without.
     - `gain`: see above. - `burst`: points of the first turn, in multiples of n + 1.
+    - `restarts`: how often a run begins anew, at most.
     - `samples`: for problems that give no derivatives: estimate the gradient by central differences
       along so many random orthogonal directions instead, at the length that succeeded last.
     - `memory`: L-BFGS pairs.
@@ -103,7 +74,7 @@ class DirectionalAttack(Solver):
 
     Source: the signs are those of the attack of Goodfellow, Shlens, Szegedy (ICLR 2015); a hybrid
     of it and direct search is due to Bouchet, Vidal (arXiv 2510.01461). Ladder, quasi-Newton
-    direction and turns are our own.
+    direction, tangents and turns are our own.
 
     >>> import jax.numpy as jnp, tolerax
     >>> network = lambda x: jnp.tanh(x - jnp.array([0.3, -0.4]))
@@ -127,7 +98,7 @@ class DirectionalAttack(Solver):
 
     def __check_init__(self):
         check_positive(self, "gain", "burst", "penalty", "feasible_within", "tol")
-        for name in ("samples", "memory"):
+        for name in ("samples", "restarts", "memory"):
             if getattr(self, name) < (name == "memory"):
                 raise ValueError(f"{name} is {getattr(self, name)}: give a larger integer.")
 
@@ -283,7 +254,7 @@ class DirectionalAttack(Solver):
         """Directions, and a ladder along them; or the turn of the others."""
         if self.samples:
             here = jnp.where(jnp.isfinite(state.energy), state.energy, energy[0])
-            g = self._estimated(state, energy[1:])
+            g = estimated(state.rungs[: 2 * self.samples], energy[1:])
         else:
             here = energy[0]
             g, _ = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], evaluation.gradient))
@@ -298,13 +269,22 @@ class DirectionalAttack(Solver):
         pairs = add_pair(state.pairs, state.x - old_x, earlier - old_g)
         known = jnp.any(old_g != 0) & jnp.all(jnp.isfinite(earlier))
         state = dataclasses.replace(state, pairs=select(known, pairs, state.pairs))
-        blocked = lambda z: _blocked(state, z)  # noqa: E731
         length = jnp.clip(state.lengths[1], 1e-3, 1.0)
-        found = directions(g, tight, state.pairs, state.momentum, length, blocked)
+        found = directions(g, tight, state.pairs, state.momentum, length, state.blocked)
         more = jnp.zeros_like(here)
         if tight is not None:
-            state = dataclasses.replace(state, held=remembered(state.held, tight, found.multipliers))
-            more = self._weight(state, violation[0], found.multipliers) - state.penalty
+            state = dataclasses.replace(
+                state, held=remembered(state.held, tight, found.multipliers)
+            )
+            weight = penalty_for(
+                found.multipliers,
+                state.penalty,
+                self.penalty,
+                violation[0],
+                state.violation,
+                self.feasible_within,
+            )
+            more = weight - state.penalty
         good = jnp.all(jnp.isfinite(found.slope)) & jnp.any(found.slope != 0)
         usable = jnp.isfinite(here) & good
         now = here + more * violation[0]
@@ -327,27 +307,6 @@ class DirectionalAttack(Solver):
         )
         state = dataclasses.replace(state, rungs=self._ladder(state))
         return select(usable, state, self._others_turn(state))
-
-    def _weight(self, state: AttackState, violation: Array, y: Array) -> Array:
-        """The penalty, so that the minimum of the sum is where the constraints hold, but little
-        more: along a curved constraint a large one allows short steps only."""
-        wanted = 2 * jnp.sum(jnp.abs(y))
-        low = violation <= self.feasible_within
-        least = jnp.where(low, 0.25 * state.penalty, state.penalty)
-        lasting = ~low & (violation > 0.5 * state.violation)
-        least = jnp.maximum(jnp.where(lasting, 1.5 * state.penalty, least), self.penalty)
-        weight = jnp.clip(wanted, least, jnp.maximum(10 * state.penalty, least))
-        return jnp.where(jnp.isfinite(weight), weight, state.penalty)
-
-    def _estimated(self, state: AttackState, energy: Array) -> Array:
-        """A gradient from central differences along orthogonal directions."""
-        up, down = energy[: self.samples], energy[self.samples : 2 * self.samples]
-        steps = (state.rungs[: self.samples] - state.rungs[self.samples : 2 * self.samples]) / 2
-        squares = jnp.sum(steps**2, axis=1)
-        slopes = jnp.where(squares > 0, (up - down) / (2 * jnp.where(squares > 0, squares, 1)), 0)
-        slopes = jnp.where(jnp.isfinite(slopes), slopes, 0)
-        # Of n directions only some were looked along.
-        return (state.x.size / self.samples) * slopes @ steps
 
     def _ladder(self, state: AttackState) -> Array:
         factors = jnp.asarray(FACTORS, state.x.dtype)
@@ -423,7 +382,7 @@ class DirectionalAttack(Solver):
         if not state.others:
             found = jnp.isfinite(state.energy)
             status = Status.where(found, Status.stalled, Status.all_failed)
-            return dataclasses.replace(state, done=jnp.array(True), status=status)
+            return dataclasses.replace(state, done=jnp.array(True), status=_named(state, status))
         return dataclasses.replace(
             state,
             others=self._begun(state),
@@ -515,7 +474,7 @@ class DirectionalAttack(Solver):
             turn=following,
             spent=jnp.zeros_like(state.spent),
             done=jnp.all(state.over),
-            status=Status.where(jnp.all(state.over), status, state.status),
+            status=Status.where(jnp.all(state.over), _named(state, status), state.status),
         )
         # Where turns find nothing to hold on to, elsewhere there may be something.
         lost = jnp.all(state.over) & ~is_success(status) | (jnp.array(last) & ~state.feasible)
@@ -585,10 +544,10 @@ class DirectionalAttack(Solver):
         return {"iteration": state.iteration, "attacks": state.attacks, "mode": state.mode}
 
 
-def _blocked(state: AttackState, g: Array) -> Array:
-    """Where x is at a bound and the gradient pushes against it."""
-    low, high = state.box.lower / state.unit, state.box.upper / state.unit
-    return ((state.x <= low) & (g > 0)) | ((state.x >= high) & (g < 0))
+def _named(state: AttackState, status: Any) -> Any:
+    """The status, or that nothing feasible was found."""
+    known = state.feasible | ~jnp.isfinite(state.energy)
+    return Status.where(known, status, Status.infeasible)
 
 
 def _start(start: Start, x: PyTree, key: PRNGKeyArray) -> Start:
