@@ -185,13 +185,15 @@ def multipliers(
 
 class Directions(eqx.Module):
     """Steps from a point: `normal - length * along[kind]`, where `normal` leads to the tangents and
-    the others along them; beside the gradient of the Lagrangian and its multipliers."""
+    the others along them; beside the gradient of the Lagrangian and its multipliers, and how large
+    a penalty of the violation must be for the quasi-Newton step."""
 
     normal: Float[Array, " n"]
     along: Float[Array, "kinds n"]
     slope: Float[Array, " n"]
     total: Float[Array, " n"]
     multipliers: Float[Array, " rows"]
+    needed: Float[Array, ""]
 
 
 def directions(
@@ -216,8 +218,12 @@ def directions(
     plain = lambda z, free: length * scale * jnp.where(free, z, 0)  # noqa: E731
     step, total, free, y = _within(g, tight, inverse, blocked)
     downhill, lagrangian, _, _ = _within(g, tight, plain, blocked)
-    normal = jnp.zeros_like(g)
+    normal, needed = jnp.zeros_like(g), jnp.zeros((), g.dtype)
     if tight is not None:
+        # Where the tangents have no point in common, multipliers are only as large as they may be.
+        left = jnp.max(tight.values - tight.rows @ step)
+        met = left <= 0.1 * jnp.maximum(jnp.max(tight.values), 0) + 1e-6
+        needed = jnp.where(met, 2 * jnp.sum(jnp.abs(y)), 0)
         back = multipliers(normal, tight, lambda a: jnp.where(free, a, 0))
         normal = -jnp.where(free, back @ tight.rows, 0)
     slope = jnp.where(blocked(lagrangian), 0, lagrangian)
@@ -231,7 +237,7 @@ def directions(
     usable = jnp.all(jnp.isfinite(step)) & jnp.any(step != 0)
     step = jnp.where(usable, normal + step, downhill)
     along = jnp.stack([jnp.sign(slope), downhill, swing, step])
-    return Directions(normal, along, slope, total, y)
+    return Directions(normal, along, slope, total, y, needed)
 
 
 def _within(
@@ -267,7 +273,7 @@ def estimated(rungs: Float[Array, "twice n"], energy: Float[Array, " more"]) -> 
 
 
 def penalty_for(
-    y: Float[Array, " all"],
+    needed: Float[Array, ""],
     penalty: Float[Array, ""],
     least: ArrayLike,
     violation: Float[Array, ""],
@@ -277,13 +283,12 @@ def penalty_for(
     """The next penalty: so that the minimum of the sum is where the constraints hold, but little
     more, since along a curved constraint a large one allows short steps only.
 
-    It follows the multipliers `y`; at feasible points it may fall, down to `least`; where the
+    It follows what is `needed`; at feasible points it may fall, down to `least`; where the
     violation has not halved since `before` it grows.
     """
     low = violation <= feasible_within
     lasting = ~low & (violation > 0.5 * before)
     floor = jnp.where(low, 0.25 * penalty, jnp.where(lasting, 1.5 * penalty, penalty))
     floor = jnp.maximum(floor, least)
-    wanted = 2 * jnp.sum(jnp.abs(y))
-    wanted = jnp.clip(wanted, floor, jnp.maximum(10 * penalty, floor))
+    wanted = jnp.clip(needed, floor, jnp.maximum(10 * penalty, floor))
     return jnp.where(jnp.isfinite(wanted), wanted, penalty)

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, PRNGKeyArray, PyTree
 
-from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start, State
+from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.lbfgs import add_pair, no_pairs
 from tolerax.inner.particles import only_rows
 from tolerax.inner.positive_bases import positive_basis
 from tolerax.solvers._attack_state import AttackState
 from tolerax.solvers._attack_steps import (
+    KEPT,
     directions,
     estimated,
     none_held,
@@ -25,6 +26,7 @@ from tolerax.solvers._attack_steps import (
     weighted,
     with_earlier,
 )
+from tolerax.solvers._branches import when
 from tolerax.solvers._common import Box, select
 from tolerax.solvers._population import check_positive, flat
 from tolerax.solvers.cdsm import CDSM
@@ -150,11 +152,13 @@ class DirectionalAttack(Solver):
             rungs=jnp.broadcast_to(u, (self._rungs(), n)),
             mode=jnp.array(GRADIENT),
             began=inf,
+            since=inf,
             gains=jnp.full(3, jnp.inf, dtype),
             others=tuple(
                 solver.init(_start(start, start.x, key))
                 for solver, key in zip(then, keys[1:], strict=True)
             ),
+            begins=jnp.array(False),
             turn=count,
             spent=count,
             burst=self._first_burst(u),
@@ -241,7 +245,11 @@ class DirectionalAttack(Solver):
             for i in range(len(state.others))
         ]
         which = jnp.where(state.mode == OTHER, OTHER + state.turn, state.mode)
-        return jax.lax.switch(which, branches)
+        state = jax.lax.switch(which, branches)
+        if not state.others:
+            return state
+        # In one place for all branches: the code of other solvers is long to compile.
+        return when(state.begins, self._begun, lambda state: state, state)
 
     def _tell_gradient(
         self,
@@ -277,7 +285,7 @@ class DirectionalAttack(Solver):
                 state, held=remembered(state.held, tight, found.multipliers)
             )
             weight = penalty_for(
-                found.multipliers,
+                found.needed,
                 state.penalty,
                 self.penalty,
                 violation[0],
@@ -289,6 +297,9 @@ class DirectionalAttack(Solver):
         usable = jnp.isfinite(here) & good
         now = here + more * violation[0]
         arrived = (violation[0] <= self.feasible_within) & (state.violation > self.feasible_within)
+        since = lambda old: jnp.where(  # noqa: E731
+            jnp.isfinite(old) & ~arrived, old + more * violation[0], now
+        )
         state = dataclasses.replace(
             state,
             energy=now,
@@ -300,9 +311,8 @@ class DirectionalAttack(Solver):
             momentum=jnp.where(usable, 0.9 * state.momentum + found.slope, state.momentum),
             # In the new penalty, or every gain would look large beside what was gained before; and
             # what was gained on the way to a feasible point says nothing of gains beyond.
-            began=jnp.where(
-                jnp.isfinite(state.began) & ~arrived, state.began + more * violation[0], now
-            ),
+            began=since(state.began),
+            since=since(state.since),
             mode=jnp.array(LADDER),
         )
         state = dataclasses.replace(state, rungs=self._ladder(state))
@@ -342,7 +352,7 @@ class DirectionalAttack(Solver):
         gain = jnp.where(lower, state.energy - energy[best], 0)
         gains = jnp.roll(state.gains, 1).at[0].set(gain)
         now = jnp.where(lower, energy[best], state.energy)
-        enough = jnp.sum(gains) > self._notable(state, now)
+        enough = jnp.sum(gains) > self._notable(state, state.since, now)
         hopeless = jnp.max(lengths) <= 16 * SMALLEST
         state = dataclasses.replace(
             state,
@@ -356,11 +366,17 @@ class DirectionalAttack(Solver):
             attacks=state.attacks + lower,
         )
         onward = self._look(state, lower)
-        return select((enough & ~hopeless), onward, self._others_turn(state))
+        # Tangents at earlier points may have been in the way.
+        crowded = ~lower & jnp.any(state.held.signs[KEPT:] != 0)
+        bare = dataclasses.replace(state, held=state.held.forgets(crowded))
+        onward = select(crowded, self._look(bare, crowded), onward)
+        return select(crowded | (enough & ~hopeless), onward, self._others_turn(state))
 
-    def _notable(self, state: AttackState, now: Array) -> Array:
-        """A gain to go on for: a share of what was gained so far, or of a value that falls to 0."""
-        return self.gain * jnp.minimum(state.began - now, jnp.abs(now))
+    def _notable(self, state: AttackState, before: Array, now: Array) -> Array:
+        """A gain to go on for: a share of what was gained so far, or of a value that falls to 0;
+        where nothing is feasible, of what is left of the violation."""
+        size = jnp.abs(now)
+        return self.gain * jnp.where(state.feasible, jnp.minimum(before - now, size), size)
 
     def _look(self, state: AttackState, moved: Array) -> AttackState:
         """The next question of an attack: the gradient where x is new, else a shorter ladder."""
@@ -385,22 +401,23 @@ class DirectionalAttack(Solver):
             return dataclasses.replace(state, done=jnp.array(True), status=_named(state, status))
         return dataclasses.replace(
             state,
-            others=self._begun(state),
+            begins=jnp.array(True),
             over=jnp.zeros_like(state.over),
             mode=jnp.array(OTHER),
             spent=jnp.zeros_like(state.spent),
             at_turn=state.energy,
         )
 
-    def _begun(self, state: AttackState) -> tuple[State, ...]:
+    def _begun(self, state: AttackState) -> AttackState:
         x = state.box.unravel(state.box.clip(state.unit * state.x))
         bounds = (state.box.unravel(state.box.lower), state.box.unravel(state.box.upper))
         then = self._others(state.limits)
         keys = jax.random.split(jax.random.fold_in(state.key, state.iteration), len(then))
         start = Start(x, bounds, None, keys[0], _nothing, state.limits)
-        return tuple(
+        others = tuple(
             solver.init(_start(start, x, key)) for solver, key in zip(then, keys, strict=True)
         )
+        return dataclasses.replace(state, others=others, begins=jnp.array(False))
 
     def _tell_other(
         self,
@@ -460,7 +477,7 @@ class DirectionalAttack(Solver):
         """Attack again where the others have moved on; else the next one's turn, for longer after a
         round of them."""
         gained = state.at_turn - state.energy
-        notable = gained > self._notable(state, state.at_turn)
+        notable = gained > self._notable(state, state.began, state.at_turn)
         count = len(state.others)
         last = i == count - 1
         burst = jnp.where(notable, state.burst, (2 if last else 1) * state.burst)
@@ -480,8 +497,9 @@ class DirectionalAttack(Solver):
         lost = jnp.all(state.over) & ~is_success(status) | (jnp.array(last) & ~state.feasible)
         elsewhere = lost & (state.restarted < self.restarts)
         waiting = select(elsewhere, self._scatter(state), waiting)
-        # After a round the least gain is reason enough for an attack, which costs little.
-        again = notable | (last & (gained > 0))
+        # After a round a small gain is reason enough for an attack, which costs little.
+        least = 1e-6 * jnp.abs(state.at_turn)
+        again = notable | (last & state.feasible & (gained > least))
         return select(again, self._look(self._afresh(state), jnp.array(True)), waiting)
 
     def _afresh(self, state: AttackState) -> AttackState:
@@ -497,7 +515,7 @@ class DirectionalAttack(Solver):
             momentum=nothing,
             lengths=jnp.maximum(state.lengths, 1e-3),
             back=jnp.ones_like(state.back),
-            began=state.energy,
+            since=state.energy,
             gains=jnp.full_like(state.gains, jnp.inf),
         )
 
@@ -527,10 +545,15 @@ class DirectionalAttack(Solver):
         violation = jnp.where(jnp.isfinite(energy), violation, jnp.inf)
         least = violation <= jnp.maximum(jnp.min(violation), self.feasible_within)
         best = jnp.argmin(jnp.where(least, energy, jnp.inf))
+        penalty = jnp.asarray(self.penalty, state.penalty.dtype)
+        less = jnp.where(violation[best] > 0, (state.penalty - penalty) * violation[best], 0)
+        here = energy[best] - less
         state = dataclasses.replace(
             state,
             x=points[best],
-            energy=energy[best],
+            energy=here,
+            began=here,
+            penalty=penalty,
             lengths=jnp.ones_like(state.lengths),
         )
         return self._look(self._afresh(state), jnp.array(True))
