@@ -1,6 +1,6 @@
 """The figures of least squares in lanes and what stands on it: `python -m benchmarks moe`."""
 
-from benchmarks import experts, lanes, linear_layer, sorption
+from benchmarks import experts, lanes, linear_layer, sorption, vorticity
 
 GROUPS = (
     lanes.SPEED_GROUP,
@@ -9,5 +9,6 @@ GROUPS = (
     linear_layer.GROUP,
     sorption.GROUP,
     sorption.INEXACT_GROUP,
+    vorticity.GROUP,
     *experts.GROUPS,
 )

@@ -1,5 +1,6 @@
 """Linear solves with the Hessian of least squares in lanes, for derivatives of the minimizers."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
@@ -10,9 +11,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from tolerax.inner.krylov import CG
 from tolerax.inner.levenberg_marquardt import in_blocks
-from tolerax.inner.normal_equations import factored
+from tolerax.inner.normal_equations import by_root, factored
 from tolerax.inner.residuals import Structured
-from tolerax.inner.rows import gram, times, transposed
+from tolerax.inner.rows import dense, gram, times, transposed
 
 Lane = Float[Array, " k"]
 Rows = Float[Array, "k n"]
@@ -53,8 +54,8 @@ def solve_hessian(
     at w, or without the sum (`"gauss-newton"`).
 
     - `"exact"`, `"gauss-newton"`: Cholesky's method, refined twice with products that go through J
-      and not through J'J; by eigenvectors where there is no factor: directions without curvature
-      are left out of q, and a b that has them fails.
+      and not through J'J; through QR of J where H has lost its digits; by eigenvectors where J has
+      lost them too: directions without curvature are left out of q, and a b that has them fails.
     - `"cg"`: products with the exact H only, until the bound on the error in the energy norm is at
       most `tolerance`, or after `max_products`.
     """
@@ -63,20 +64,37 @@ def solve_hessian(
     def direct(w: Rows, data: PyTree, b: Rows, ridge: Lane, free: Array) -> tuple[Rows, Rows, Lane]:
         r, J = jax.vmap(fun.with_jacobian)(w, data)
         eye = jnp.eye(w.shape[1], dtype=w.dtype)[None]
-        S = ridge[:, None, None] * eye
+        S = jnp.zeros((*w.shape, w.shape[1]), w.dtype)
         if hessian == "exact":
-            S = S + jax.vmap(fun.curvature)(w, data, r)
+            S = jax.vmap(fun.curvature)(w, data, r)
         both = free[:, :, None] & free[:, None, :]
-        H = jnp.where(both, gram(J) + S, eye)
-        solve = factored(jnp.where(jnp.isfinite(H), H, eye))
+        S = jnp.where(both, S, 0)
+        H = jnp.where(both, gram(J) + S + ridge[:, None, None] * eye, eye)
 
         def left(q: Rows) -> Rows:
-            through = transposed(J, times(J, q))
+            through = transposed(J, times(J, q)) + ridge[:, None] * q
             return b - jnp.where(free, through + jnp.einsum("kij,kj->ki", S, q), 0)
 
-        q = jnp.where(free, solve(b), 0)
-        for _ in range(2):
-            q = q + jnp.where(free, solve(left(q)), 0)
+        def refined(solve: Callable[[Rows], Rows]) -> tuple[Rows, Rows]:
+            q = jnp.where(free, solve(b), 0)
+            for _ in range(2):
+                q = q + jnp.where(free, solve(left(q)), 0)
+            return q, solve(left(q))
+
+        solve, sound = factored(jnp.where(jnp.isfinite(H), H, eye))
+        found = refined(solve)
+
+        def by_qr() -> tuple[Rows, Rows]:
+            # Of a matrix with the root of the condition.
+            bottom = jnp.where(free, jnp.sqrt(ridge)[:, None], 1)[:, :, None] * eye
+            top = jnp.where(free[:, None, :], dense(J), 0)
+            finite = jnp.where(jnp.isfinite(S), S, 0)
+            through, usable = by_root(jnp.concatenate([top, bottom], axis=1), finite)
+            ours = (~sound & usable)[:, None]
+            new = refined(through)
+            return jnp.where(ours, new[0], found[0]), jnp.where(ours, new[1], found[1])
+
+        q, step = jax.lax.cond(jnp.all(sound), lambda: found, by_qr)
         rest = left(q)
         if hessian == "gauss-newton":
 
@@ -85,8 +103,8 @@ def solve_hessian(
                 return jax.jvp(slope, (w,), (q,))[1]
 
             rest = rest - jnp.where(free, jax.vmap(missing)(w, data, r, q), 0)
-        square = jnp.sum(rest * solve(rest), axis=1)
-        return q, rest, jnp.sqrt(jnp.abs(square))
+            step = solve(rest)
+        return q, rest, jnp.sqrt(jnp.abs(jnp.sum(rest * step, axis=1)))
 
     def iterative(w: Array, data: PyTree, b: Array, ridge: Array, free: Array) -> tuple:
         cost = lambda w: 0.5 * jnp.sum(jnp.square(fun(w, data))) + 0.5 * ridge * w @ w  # noqa: E731

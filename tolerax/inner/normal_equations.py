@@ -19,6 +19,7 @@ from tolerax.inner.rows import gram as gram_of
 Lane = Float[Array, " k"]
 Rows = Float[Array, "k n"]
 Square = Float[Array, "k n n"]
+Flags = Bool[Array, " k"]
 
 
 class Normal(eqx.Module):
@@ -194,9 +195,10 @@ def trust_region_step(
     return q / normal.scale, damping
 
 
-def factored(H: Square) -> Callable[[Rows], Rows]:
+def factored(H: Square) -> tuple[Callable[[Rows], Rows], Flags]:
     """Solves with symmetric matrices: Cholesky's method where they are positive definite to working
-    precision, else by eigenvectors, without those whose eigenvalues are rounding."""
+    precision (the lanes of the second answer), else by eigenvectors, without those whose
+    eigenvalues are rounding."""
     scale = _lengths(H)
     unit = H / (scale[:, :, None] * scale[:, None, :])
     factor = jnp.linalg.cholesky(unit, symmetrize_input=False)
@@ -222,4 +224,27 @@ def factored(H: Square) -> Callable[[Rows], Rows]:
         by_vectors = jnp.einsum("kij,kj->ki", V, along)
         return jnp.where(fine[:, None], by_factor, by_vectors) / scale
 
-    return solve
+    return solve, fine
+
+
+def by_root(J: Float[Array, "k m n"], S: Square) -> tuple[Callable[[Rows], Rows], Flags]:
+    """Solves with J'J + S through J = QR: `R' (I + R^-T S R^-1) R`. What is between has no large
+    condition where S is not large; R has that of J. The second answer: lanes in which J has full
+    rank to working precision."""
+    n = J.shape[2]
+    length = jnp.linalg.norm(J, axis=1)
+    scale = jnp.where(length > 0, length, 1)
+    R = jnp.linalg.qr(J / scale[:, None, :], mode="r")
+    pivots = jnp.abs(jnp.diagonal(R, axis1=1, axis2=2))
+    whole = jnp.min(pivots, axis=1) > 10 * n * jnp.finfo(J.dtype).eps
+    eye = jnp.eye(n, dtype=J.dtype)[None]
+    R = jnp.where(whole[:, None, None], R, eye)
+    down = lambda b: solve_triangular(R, b, trans="T", lower=False)  # noqa: E731
+    half = down(S / (scale[:, :, None] * scale[:, None, :]))
+    inner, _ = factored(eye + down(jnp.swapaxes(half, 1, 2)))
+
+    def solve(b: Rows) -> Rows:
+        q = inner(down((b / scale)[..., None])[..., 0])
+        return solve_triangular(R, q[..., None], lower=False)[..., 0] / scale
+
+    return solve, whole

@@ -234,8 +234,10 @@ class HardConstrained(eqx.Module):
                 return leaf.reshape(b, -1)[:, index]
             return jnp.broadcast_to(leaf[:, None], (b, experts, *leaf.shape[1:]))
 
+        # Coefficients last: points are then looked up, and their derivatives added, row by row.
+        rows_first = jnp.moveaxis(Phi, 1, 3)[:, :, index]
         lanes = (
-            jnp.transpose(Phi[..., index], (0, 3, 2, 4, 1)),
+            jnp.swapaxes(rows_first, 1, 2),
             (
                 jnp.swapaxes(z0[..., index], 1, 2),
                 jax.tree.map(per_lane, data),

@@ -51,7 +51,8 @@ class FourierOperator(eqx.Module):
     """A Fourier neural operator: from some fields on a regular grid to others, on any grid.
 
     - `inputs`, `outputs`: how many fields. `width`: channels within. `modes`: frequencies along
-      each axis. `layers`: how many.
+      each axis. `layers`: how many. `hidden`: functions that the outputs are made of, at every
+      point (twice the width by default): no more outputs than that are independent.
     - `padding`: points of zeros added at the end of each axis, for fields that are not periodic.
 
     Source: Li et al., *Fourier neural operator for parametric partial differential equations* (ICLR
@@ -76,13 +77,14 @@ class FourierOperator(eqx.Module):
         width: int,
         modes: Sequence[int],
         layers: int,
+        hidden: int | None = None,
         padding: Sequence[int] | None = None,
         key: PRNGKeyArray,
     ):
         first, one, two, *rest = jax.random.split(key, 3 + layers)
         self.lift = jax.random.normal(first, (width, inputs)) / math.sqrt(inputs)
         self.layers = tuple(FourierLayer(width, modes, k) for k in rest)
-        wide = 2 * width
+        wide = 2 * width if hidden is None else hidden
         self.project = (
             jax.random.normal(one, (wide, width)) / math.sqrt(width),
             jax.random.normal(two, (outputs, wide)) / math.sqrt(wide),
