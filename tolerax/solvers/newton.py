@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from tolerax.contracts import Evaluation, Query, Start, Work, product
-from tolerax.solvers._common import Geometry, select
+from tolerax.solvers._common import Geometry
 from tolerax.solvers._search import IntervalSearch
 from tolerax.solvers._search_state import Answer, Direction, Incumbent, SearchState
 
@@ -56,7 +56,7 @@ class Truncated(NamedTuple):
 class Directions(NamedTuple):
     """The last directions p of conjugate gradients with `R p`, `H p` and `p.H p`. Products that are
     inexact lose the conjugacy that the short recurrence rests on: new directions are made
-    conjugate to all of these."""
+    conjugate to all of these. A curvature of infinity leaves one out."""
 
     p: Float[Array, "k n"]
     dual_p: Float[Array, "k n"]
@@ -66,7 +66,7 @@ class Directions(NamedTuple):
     @classmethod
     def none(cls, like: Vector) -> "Directions":
         zero = jnp.zeros((KEPT, like.size), like.dtype)
-        return cls(zero, zero, zero, jnp.ones(KEPT, like.dtype))
+        return cls(zero, zero, zero, jnp.full(KEPT, jnp.inf, like.dtype))
 
     def add(self, step: Array, *new: Array) -> "Directions":
         return Directions(*(a.at[step % KEPT].set(b) for a, b in zip(self, new, strict=True)))
@@ -278,7 +278,7 @@ class InexactNewton(IntervalSearch):
             # not small, begin again from here with products that are ten times as accurate.
             lost = jnp.abs(jnp.dot(p, r) - rs_new) > LOST * rs_new
             p, dual_p = jnp.where(lost, s, p), jnp.where(lost, r, dual_p)
-            kept = select(lost, Directions.none(z), kept)
+            kept = kept._replace(curvature=jnp.where(lost, jnp.inf, kept.curvature))
             return (
                 d,
                 dual_d,
