@@ -1,6 +1,7 @@
 """Runs that begin again with more particles."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import tolerax
@@ -91,3 +92,9 @@ def test_minimize_restarts():
 def test_what_cannot_be_is_named(solver, options, message):
     with pytest.raises(ValueError, match=message):
         solve_with_restarts(PROBLEM, solver, START, **options)
+
+
+def test_minimize_names_the_method_that_has_no_population():
+    options = {"restarts": 2, "maxiter": 5}
+    with pytest.raises(ValueError, match="restarts is 2, but InexactNewton has no population"):
+        tolerax.minimize(lambda x: x @ x, np.ones(2), method="newton", options=options)

@@ -298,6 +298,11 @@ def _run(
     steps = max(enough) if steps is None else steps
     restarts = options.pop("restarts", 0)
     if restarts:
+        if solver.larger(2) is solver:
+            raise ValueError(
+                f"restarts is {restarts!r}, but {type(solver).__name__} has no population that a "
+                'restart could enlarge: leave it out, or use a population method such as "cbo".'
+            )
         options["restarts"] = restarts
     run = solve_with_restarts if restarts else solve
     solution = run(problem, bounded, x, max_steps=steps, **options)

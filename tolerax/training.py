@@ -155,7 +155,7 @@ def train(
     state = _first(layer, inputs, optimizer, steps, count)
     meter = resolve(progress)
     meter.start(steps, type(layer.network).__name__)
-    saved, message = time.monotonic(), "stopped"
+    saved, saved_step, message = time.monotonic(), -1, "stopped"
     fixed = eqx.tree_at(lambda layer: layer.network, layer, None, is_leaf=lambda leaf: leaf is None)
     static = eqx.filter(layer.network, eqx.is_inexact_array, inverse=True)
     frozen = (fixed, static)
@@ -178,12 +178,14 @@ def train(
                 due = checkpoint.every_steps and (step + 1) % checkpoint.every_steps == 0
                 if late or due or step + 1 == steps:
                     checkpoint.save(state, same)
-                    saved = time.monotonic()
+                    saved, saved_step = time.monotonic(), step + 1
             if callback is not None:
                 callback(state)
         message = "done"
     except StopIteration:
         message = "stopped by the callback"
+        if checkpoint is not None and saved_step < int(state.step):
+            checkpoint.save(state, same)
     finally:
         meter.close(message)
     done = int(state.step)

@@ -185,8 +185,9 @@ def _encoded(ticket: Ticket, row: Row) -> dict[str, Any]:
         record["gradient"] = [base64.b64encode(np.asarray(g).tobytes()).decode() for g in leaves]
     if row.error:
         record["error"] = row.error
-    if row.constraints is not None:
-        record["constraints"] = [float(c).hex() for c in row.constraints]
+    for name in ("constraints", "residuals"):
+        if getattr(row, name) is not None:
+            record[name] = [float(number).hex() for number in getattr(row, name)]
     return record
 
 
@@ -208,12 +209,16 @@ def _decoded(record: dict[str, Any], x: PyTree, wanted: Wanted) -> Row:
                 for g, leaf in parts
             ]
             gradient = jax.tree.unflatten(structure, gradient)
-        constraints = None
-        if "constraints" in record:
-            constraints = np.array([float.fromhex(c) for c in record["constraints"]])
-            if constraints.size != wanted.constraint_count:
-                raise ValueError("constraints")
-        return Row(numbers[0], numbers[1], gradient, numbers[2], calls, outcome, error, constraints)
+        row = Row(numbers[0], numbers[1], gradient, numbers[2], calls, outcome, error)
+        counts = {"constraints": wanted.constraint_count, "residuals": wanted.residual_count}
+        for name in counts.keys() & record.keys():
+            many = np.array([float.fromhex(number) for number in record[name]])
+            if many.size != counts[name]:
+                raise ValueError(name)
+            row = row._replace(**{name: many})
+        if wanted.residual_count is not None and outcome == "answered" and row.residuals is None:
+            raise ValueError("residuals")
+        return row
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _not_a_row(error) from error
 

@@ -1,9 +1,7 @@
 """Sums of squares: a problem that answers with its residuals, not with their sum alone."""
 
-import functools
-import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -14,10 +12,10 @@ from jaxtyping import Array, Float, PyTree
 
 from tolerax.contracts import Evaluation, Problem, Query, Work, exact_evaluation
 from tolerax.problems.hessians import JacobianOf
-from tolerax.problems.objective import HessianOf
+from tolerax.problems.objective import HessianOf, point_status
+from tolerax.problems.python_code import Wanted, points_of
+from tolerax.problems.workers import Workers
 from tolerax.validation import is_concrete
-
-logger = logging.getLogger("tolerax")
 
 
 def _nothing(x: PyTree) -> None:
@@ -80,7 +78,8 @@ class LeastSquares(Problem):
 
     - `residuals`: `residuals(x)` returns an array of floats, or a pytree of them.
     - `bounds`, `host`, `on_error`, `executor`: as of [`Objective`][]; there are no gradients of
-      `host` functions.
+      `host` functions. An external simulator runs on [`Workers`][], with their deadlines, cache and
+      journal.
     - `size`: the number of residuals, needed with `host=True` only.
 
     >>> import jax.numpy as jnp, tolerax
@@ -95,7 +94,8 @@ class LeastSquares(Problem):
     size: int | None = eqx.field(static=True, default=None)
     is_host: bool = eqx.field(static=True, default=False)
     on_error: str = eqx.field(static=True, default="raise")
-    executor: Any = eqx.field(static=True, default=None)
+    # Where points are evaluated does not change what the problem is.
+    executor: Workers | None = eqx.field(static=True, default=None, compare=False)
 
     def __init__(
         self,
@@ -113,17 +113,17 @@ class LeastSquares(Problem):
             raise ValueError(f'on_error is {on_error!r}: use "raise" or "fail".')
         if host and (not isinstance(size, int) or size < 1):
             raise ValueError(f"size is {size!r}: with host=True give the number of residuals.")
-        if executor is not None and not (host and hasattr(executor, "submit")):
+        if executor is not None and not host:
             raise ValueError(
-                f"executor is {executor!r}: it must have `submit(fn, *args)`, and serves functions "
-                "with host=True only."
+                f"executor is {executor!r}, but these residuals are evaluated by compiled code: "
+                "leave executor out, or give host=True."
             )
         self.residuals = residuals
         self.bounds = bounds
         self.size = size
         self.is_host = host
         self.on_error = on_error
-        self.executor = executor
+        self.executor = None if executor is None else Workers.of(executor)
 
     @property
     def host(self) -> bool:
@@ -140,14 +140,20 @@ class LeastSquares(Problem):
         )
 
     def on(self, executor: Any) -> "LeastSquares":
-        return self._with(self.residuals, executor)
+        if executor is None and (self.executor is not None or not self.is_host):
+            return self
+        return self._with(self.residuals, Workers() if executor is None else executor)
+
+    def close(self) -> None:
+        if self.executor is not None:
+            self.executor.release()
 
     def outline(self) -> "LeastSquares":
         return self._with(_nothing, None) if self.is_host else self
 
     def evaluate(self, query: Query) -> Evaluation:
         if self.is_host:
-            return self._evaluate_on_host(query)
+            return _interpreted(self.outline(), query, self.observe(query))
         mask = query.mask
         if mask is None:
             return self._point(query.x, query.derivatives)
@@ -175,61 +181,56 @@ class LeastSquares(Problem):
 
     # -- Python code ------------------------------------------------------------------------------
 
-    def _evaluate_on_host(self, query: Query) -> Evaluation:
+    def observe(self, query: Query) -> Any:
+        """`Observed` at every point of the query: NumPy arrays."""
+        if not self.is_host:
+            return super().observe(query)
         if query.derivatives:
             raise TypeError(
                 "this solver needs gradients, and the residuals are Python code: use a solver that "
                 "needs values only, or residuals that JAX can trace."
             )
         dtype = np.dtype(jax.tree.leaves(query.x)[0].dtype)
-        one = query.mask is None
         count = 1 if query.mask is None else query.mask.shape[0]
         rows = np.full((count, self.size or 0), np.nan, dtype)
-        calls = 0
+        timed_out, calls = np.zeros(count, bool), 0
         if is_concrete(query):
-            x = jax.tree.map(
-                lambda leaf: np.asarray(leaf)[None] if one else np.asarray(leaf), query.x
+            points, mask = points_of(query)
+            asked = [i for i in range(count) if mask[i]]
+            wanted = Wanted(None, 0, self.bounds, 0.0, residual_count=self.size)
+            workers = self.executor or Workers()
+            found = workers.evaluate(
+                self.residuals, [points[i] for i in asked], wanted, self.on_error
             )
-            asked = np.flatnonzero([True] if query.mask is None else np.asarray(query.mask))
-            calls = len(asked)
-            points = [jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), x) for i in asked]
-            for i, row in zip(asked, self._rows(points), strict=True):
-                rows[i] = row
-        return _answer(rows[0] if one else rows, np.asarray(calls))
+            for i, row in zip(asked, found, strict=True):
+                if row.residuals is not None:
+                    rows[i] = row.residuals
+                timed_out[i] = row.outcome == "timed_out"
+                calls += row.calls
+        one = 0 if query.mask is None else slice(None)
+        return Observed(rows[one], timed_out[one], np.asarray(calls))
 
-    def _rows(self, points: list[PyTree]) -> list[Any]:
-        call = functools.partial(_called, self.residuals, self.size)
-        if self.executor is None:
-            calls = [functools.partial(call, x) for x in points]
-        else:
-            calls = [self.executor.submit(call, x).result for x in points]
-        rows: list[Any] = []
-        for row in calls:
-            try:
-                rows.append(row())
-            except StopIteration:
-                raise
-            except Exception as error:
-                if self.on_error == "raise":
-                    raise
-                logger.info("the residuals raised %s: %s", type(error).__name__, error)
-                rows.append(np.nan)
-        return rows
+    def interpret(self, query: Query, observed: Any) -> Evaluation:
+        """What Python code answered, as an evaluation."""
+        if not self.is_host:
+            return super().interpret(query, observed)
+        r, calls = observed.residuals, observed.calls
+        value = 0.5 * jnp.sum(jnp.square(r), axis=-1)
+        status = point_status(jnp.isfinite(value), observed.timed_out)
+        work = Work(points=calls, values=calls)
+        evaluation = exact_evaluation(value, None, work, status=status)
+        none = lambda leaf: leaf is None  # noqa: E731
+        return eqx.tree_at(lambda e: e.residuals, evaluation, r, is_leaf=none)
 
 
-def _called(fun: Callable, size: int | None, x: PyTree) -> np.ndarray:
-    """The residuals at one point."""
-    leaves = [np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(fun(x))]
-    flat = np.concatenate(leaves) if leaves else np.zeros(0)
-    if flat.shape != (size,) or np.iscomplexobj(flat):
-        raise TypeError(f"{flat.size} residuals of {flat.dtype} came back: size is {size}.")
-    return flat
+class Observed(NamedTuple):
+    """What Python code gave: residuals, whether they came too late, and how often it was called."""
+
+    residuals: Any
+    timed_out: Any
+    calls: Any
 
 
 @eqx.filter_jit
-def _answer(r: Any, calls: Any) -> Evaluation:
-    evaluation = exact_evaluation(
-        0.5 * jnp.sum(jnp.square(r), axis=-1), None, Work(points=calls, values=calls)
-    )
-    none = lambda leaf: leaf is None  # noqa: E731
-    return eqx.tree_at(lambda e: e.residuals, evaluation, r, is_leaf=none)
+def _interpreted(outline: LeastSquares, query: Query, observed: Observed) -> Evaluation:
+    return outline.interpret(query, observed)

@@ -27,7 +27,15 @@ from tolerax.problems.hessians import (
     ProductsOf,
     given_hessian,
 )
-from tolerax.problems.python_code import DIFFERENCES, Row, Wanted, failed, like, rounding
+from tolerax.problems.python_code import (
+    DIFFERENCES,
+    Row,
+    Wanted,
+    failed,
+    like,
+    points_of,
+    rounding,
+)
 from tolerax.problems.workers import Workers
 from tolerax.status import PointStatus
 from tolerax.validation import check_order, is_concrete
@@ -344,14 +352,7 @@ class Objective(Problem):
             count = 1 if query.mask is None else query.mask.shape[0]
             first = x if one else jax.tree.map(lambda leaf: np.asarray(leaf[0]), x)
             return _assemble(self, [failed(first, query.derivatives)] * count, first, one)
-        x = jax.tree.map(np.asarray, query.x)
-        if query.mask is None:
-            points, mask = [x], [True]
-        else:
-            mask = np.asarray(query.mask)
-            points = [
-                jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), x) for i in range(len(mask))
-            ]
+        points, mask = points_of(query)
         gradient = self.gradient
         wanted = Wanted(
             gradient,
@@ -391,7 +392,7 @@ class Objective(Problem):
             gradient_error_parts=Accuracy(error, zero),
             achieved=Accuracy(error, zero),
             work=Work(points=calls, values=calls, gradients=gradients),
-            status=_point_status(finite, observed.timed_out),
+            status=point_status(finite, observed.timed_out),
             provenance=self.provenance,
             hessian=None if observed.hessian is None else Matrix(observed.hessian),
         )
@@ -488,7 +489,9 @@ def _interpreted(outline: Objective, query: Query, observed: Observed) -> Evalua
     return outline.interpret(query, observed)
 
 
-def _point_status(finite: Array, timed_out: Array) -> Any:
+def point_status(finite: Array, timed_out: Array) -> Any:
+    """The status of each point that Python code was asked for."""
+
     def outcome(finite: Array, timed_out: Array) -> Any:
         failed = PointStatus.where(timed_out, PointStatus.timed_out, PointStatus.failed)
         return PointStatus.where(finite, PointStatus.ok, failed)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from tolerax.contracts import Query
 from tolerax.problems.differences import differences, flat_bounds, jacobian_by_differences
 from tolerax.problems.hessians import host_hessian
 
@@ -19,7 +20,8 @@ DIFFERENCES = ("2-point", "3-point")
 
 class Wanted(NamedTuple):
     """What is asked at every point: the gradient and how to get it, within which bounds, and the
-    tolerance on its error; the constraints and their Jacobian."""
+    tolerance on its error; the constraints and their Jacobian. With a `residual_count` the function
+    returns so many residuals, and the value is half the sum of their squares."""
 
     gradient: Any
     derivatives: int
@@ -30,6 +32,7 @@ class Wanted(NamedTuple):
     hessian: Callable | None = None
     hessian_product: Callable | None = None
     constraint_jacobian: Any = None
+    residual_count: int | None = None
 
 
 # `lost`: the point killed its worker.
@@ -49,6 +52,17 @@ class Row(NamedTuple):
     constraints: np.ndarray | None = None
     hessian: np.ndarray | None = None
     jacobian: np.ndarray | None = None
+    residuals: np.ndarray | None = None
+
+
+def points_of(query: Query) -> tuple[list[PyTree], list[bool]]:
+    """The points of a question as NumPy arrays, and which of them are asked for."""
+    x = jax.tree.map(np.asarray, query.x)
+    if query.mask is None:
+        return [x], [True]
+    mask = np.asarray(query.mask).tolist()
+    pick = lambda i: jax.tree.map(lambda leaf: np.asarray(leaf[i]), x)  # noqa: E731
+    return [pick(i) for i in range(len(mask))], mask
 
 
 def failed(x: PyTree, derivatives: int, calls: int = 1) -> Row:
@@ -158,6 +172,9 @@ def _called(fun: Callable, x: PyTree, wanted: Wanted) -> Row:
     leaves = jax.tree.leaves(x)
     dtype = leaves[0].dtype
     copy = lambda: jax.tree.map(np.array, x)  # noqa: E731
+    if wanted.residual_count is not None:
+        r = _residuals(fun(copy()), wanted.residual_count)
+        return Row(0.5 * float(r @ r), 0.0, None, 0.0, 1, residuals=r)
     if wanted.gradient is True:
         value, gradient = fun(copy())
         value, error = number(value, dtype)
@@ -187,6 +204,14 @@ def _called(fun: Callable, x: PyTree, wanted: Wanted) -> Row:
     )
     gradient = tree(found.gradient.astype(dtype))
     return Row(value, error, gradient, found.error, 1 + found.calls)
+
+
+def _residuals(returned: Any, count: int) -> np.ndarray:
+    leaves = [np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(returned)]
+    flat = np.concatenate(leaves) if leaves else np.zeros(0)
+    if flat.shape != (count,) or flat.dtype.kind not in "fiub":
+        raise TypeError(f"{flat.size} residuals of {flat.dtype} came back: size is {count}.")
+    return flat.astype(float)
 
 
 def number(value: Any, dtype: Any) -> tuple[float, float]:
