@@ -195,7 +195,8 @@ def measure(settings: Settings) -> dict[str, Measured]:
 def measure_inexact(settings: Settings) -> dict[str, Measured]:
     """Evaluations of residuals within training, with tolerances that follow the gradient and with
     1e-8 throughout, both with warm starts; none where the test error is more than 5 % larger."""
-    count, ratios, rows = steps(settings), [], {}
+    # Two trainings with tied experts, of which one solves to 1e-8 all the time.
+    count, ratios, rows = 40 if settings.quick else steps(settings), [], {}
     for seed in settings.seeds:
         ours, fixed = (trained(kind, seed, count) for kind in ("experts", "experts, 1e-8"))
         fine = ours["error"] <= 1.05 * fixed["error"]

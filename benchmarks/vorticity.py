@@ -21,7 +21,8 @@ from tolerax.problems import Boxes, HardConstrained, RandomAssignment
 from tolerax.problems.library import NavierStokes, VorticityBasis
 
 FRAMES, BATCH, RATE, BASIS = 9, 2, 3e-3, 48
-EXPERTS, OVERLAP = (1, 4, 4), 2  # boxes in space, each over all times
+EXPERTS = (1, 2, 2)  # boxes in space, each over all times
+MORE = {"parts": (1, 4, 4), "overlap": 2}  # at inference, in the details
 
 
 def size(settings: Settings) -> tuple[int, int, int]:
@@ -46,8 +47,8 @@ def network(family: NavierStokes, seed: int, outputs: int) -> VorticityBasis:
 def layer(kind: str, family: NavierStokes, seed: int) -> HardConstrained:
     """One layer, experts, or a control."""
     routers = {
-        "experts": lambda: Boxes(family.grid, EXPERTS, overlap=OVERLAP),
-        "random experts": lambda: RandomAssignment(family.grid, 16, key=jax.random.key(0)),
+        "experts": lambda: Boxes(family.grid, EXPERTS),
+        "random experts": lambda: RandomAssignment(family.grid, 4, key=jax.random.key(0)),
     }
     router = routers.get(kind, lambda: Boxes(family.grid, (1, 1, 1)))()
     outputs = 4 * BASIS if kind == "single, 192 functions" else BASIS
@@ -70,8 +71,13 @@ def trained(kind: str, seed: int, count: int, samples: int, tests: int) -> dict[
         key=jax.random.key(seed + 20_000),
     )
     seconds = time.perf_counter() - began
-    field = eqx.filter_jit(lambda layer, flows: layer(flows))(done.layer, test)
-    return {
+    solved = eqx.filter_jit(lambda layer, flows: layer(flows))
+    field, row = solved(done.layer, test), {}
+    if kind == "experts":
+        more = HardConstrained(done.layer.network, family.equation, Boxes(family.grid, **MORE))
+        u = solved(more, test).u
+        row["16 overlapping boxes at inference"] = float(np.mean(relative(u, reference)))
+    return row | {
         "error": float(np.mean(relative(field.u, reference))),
         "worst": float(np.max(relative(field.u, reference))),
         "jump": float(jnp.mean(field.jump)),
@@ -138,7 +144,7 @@ GROUP = Group(
     "ns",
     (
         Bar("ns_hard_over_soft", "<=", 0.65, "Navier-Stokes, 32 x 32: error of one layer / soft"),
-        Bar("ns_moe_over_single", "<=", 0.75, "16 overlapping experts / one, of 48 functions each"),
+        Bar("ns_moe_over_single", "<=", 0.75, "4 experts / one, of 48 functions each"),
     ),
     measure,
 )
