@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tolerax.problems.library.base import check_count, generator
 from tolerax.problems.library.trained import (
@@ -127,11 +127,12 @@ class Margin(eqx.Module):
     """How far the logit of a class is below the largest other one plus a margin; and how far the
     norm of x is outside the shell where a normal sample lies."""
 
-    wanted: int = eqx.field(static=True)
+    # An array, so that problems of other seeds are not compiled again.
+    wanted: Int[Array, ""]
     margin: float = eqx.field(static=True)
 
     def __call__(self, z: Float[Array, "10"], x: Float[Array, " n"]) -> dict[str, Array]:
-        others = jnp.max(jnp.delete(z, self.wanted))
+        others = jnp.max(jnp.where(jnp.arange(z.size) == self.wanted, -jnp.inf, z))
         norm = jnp.sqrt(jnp.sum(x**2) + jnp.finfo(x.dtype).tiny)
         return {
             "class": others + self.margin - z[self.wanted],
@@ -179,7 +180,7 @@ def digits_counterfactual(
     said = int(jnp.argmax(logits))
     wanted = int(jnp.argsort(logits)[-2])  # the runner-up
     return LibrarySurrogate(
-        NeuralSurrogate(network, Near(x0), constraints=Margin(wanted, margin)),
+        NeuralSurrogate(network, Near(x0), constraints=Margin(jnp.array(wanted), margin)),
         x0,
         f"The nearest latent variables of a {said} that a classifier takes for a {wanted}, of {n}, "
         f"seed {seed}.",
