@@ -252,8 +252,11 @@ def test_functions_of_more_than_x_are_not_frozen():
         ({"callback": 3}, TypeError, "callback"),
         ({"hess": lambda x: np.eye(2)}, ValueError, "hess is given"),
         ({"hessp": lambda x, p: p}, ValueError, "hessp is given"),
-        ({"constraints": LinearConstraint(np.eye(2))}, ValueError, "constraints is given"),
-        ({"constraints": {"type": "eq", "fun": bowl}}, ValueError, "constraints is given"),
+        (
+            {"constraints": LinearConstraint(np.eye(2)), "method": "newton"},
+            ValueError,
+            "constraints is given",
+        ),
         ({"bounds": [(0, 1)]}, ValueError, "bounds has 1 entries, x0 has 2"),
         ({"bounds": [(0, 1, 2), (0, 1)]}, ValueError, r"bounds\[0\]"),
         ({"bounds": 3}, TypeError, "bounds is 3"),

@@ -126,10 +126,10 @@ def minimize(
       a second or two for each new function object: define it once, and pass what changes in `args`.
     - `x0`: the start. Integers are cast; a point outside `bounds` is moved inside, with a warning.
     - `args`: further arguments of `fun` and `jac`; a single one may stand without its tuple.
-    - `method`: `"line-search"` (default), `"steepest-descent"`, `"newton"`, `"maid"`, `"hoag"`;
-      `"sqp"` (with second derivatives, and for constraints); `"cbo"`, `"consensus-hopping"`,
-      `"consensus-freezing"` (by values at many points); `"model-trust-region"`, `"cdsm"` (by values
-      at few points); or a solver of this library.
+    - `method`: `"line-search"` (default without constraints), `"steepest-descent"`, `"newton"`,
+      `"maid"`, `"hoag"`; `"sqp"` (default with constraints; uses second derivatives); `"cbo"`,
+      `"consensus-hopping"`, `"consensus-freezing"` (by values at many points);
+      `"model-trust-region"`, `"cdsm"` (by values at few points); or a solver of this library.
     - `jac`: `None`; `True` when `fun` returns `(value, gradient)`; a callable `jac(x, *args)`;
       `"2-point"` (forward differences, central ones where the accuracy needs them) or `"3-point"`
       (central differences). With a string `fun` is always called as Python code.
@@ -167,6 +167,9 @@ def minimize(
     >>> result.x.round(6), result.success
     (array([0.5 , 0.25]), True)
     """
+    if method is None:
+        bound = constraints if not isinstance(fun, Problem) else fun.constraint_bounds
+        method = "line-search" if is_empty(bound) else "sqp"
     solver = _solver(method)
     if options is not None and not isinstance(options, Mapping):
         raise TypeError(f"options is {options!r}: give a dict.")
@@ -211,13 +214,12 @@ def scipy_method(solver: Solver) -> Callable:
     return method
 
 
-def _solver(method: str | Solver | None) -> Solver:
+def _solver(method: Any) -> Solver:
     if isinstance(method, Solver):
         return method
-    name = "line-search" if method is None else method
-    if not isinstance(name, str):
+    if not isinstance(method, str):
         raise TypeError(f"method is {method!r}: give a name or a solver.")
-    make = METHODS.get(name.lower().replace("_", "-"))
+    make = METHODS.get(method.lower().replace("_", "-"))
     if make is None:
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}.")
     return make()
