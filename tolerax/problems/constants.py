@@ -5,7 +5,7 @@ from typing import Any
 
 import equinox as eqx
 
-from tolerax.contracts import Origin
+from tolerax._quantities import Origin
 
 
 class Proved(eqx.Module):
