@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tolerax._live import close_from_compiled, report_from_compiled
 from tolerax.progress import (
     LogProgress,
     ProgressBar,
     Silent,
-    close_from_compiled,
-    report_from_compiled,
     resolve,
 )
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
+from tolerax._live import report_from_compiled
 from tolerax._packing import Table, choose, packing
 from tolerax.contracts import (
     Accuracy,
@@ -20,7 +21,6 @@ from tolerax.contracts import (
     tree_all_finite,
 )
 from tolerax.inner.particles import by_blocks, first_differentiated, in_parts
-from tolerax.progress import report_from_compiled
 from tolerax.solution import Best, History, Run, empty_history
 from tolerax.status import PointStatus, Status, is_failed, is_success
 from tolerax.validation import bounds_like
