@@ -30,7 +30,7 @@ from tolerax.problems.library.surrogates import Reactor
 jax.config.update("jax_enable_x64", True)
 SMALL = os.environ.get("TOLERAX_EXAMPLE_SIZE") == "small"
 
-known = reactor(samples=100 if SMALL else 400, steps=300 if SMALL else 4000)
+known = reactor(samples=40 if SMALL else 400, steps=300 if SMALL else 4000)
 problem = known.problem
 
 # %%

@@ -198,6 +198,19 @@ DURATION = (0.5, 6.0)  # h
 HOTTEST = 370.0  # K
 
 
+def _rates(t: Array, y: Array, args: tuple[Array, Array]) -> Array:
+    """Time derivatives, with the duration as the unit of time. A function of its own, so that it is
+    compiled once for all calls."""
+    del t
+    coolant, duration = args
+    a, b, _, temperature = y
+    inverse = 1 / 320.0 - 1 / temperature
+    one = jnp.exp(70e3 / 8.314 * inverse) * a
+    two = 0.05 * jnp.exp(110e3 / 8.314 * inverse) * b
+    heat = 30 * (one + 0.8 * two) - 4 * (temperature - coolant)
+    return duration * jnp.stack([-one, one - two, two, heat])
+
+
 class Reactor(eqx.Module):
     """A batch reactor with A -> B -> C, both exothermic, behind a cooled wall.
 
@@ -224,22 +237,15 @@ class Reactor(eqx.Module):
 
         coolant, duration = self.controls(jnp.asarray(x, float))
 
-        def rates(t: Array, y: Array, args: None) -> Array:
-            a, b, _, temperature = y
-            inverse = 1 / 320.0 - 1 / temperature
-            one = jnp.exp(70e3 / 8.314 * inverse) * a
-            two = 0.05 * jnp.exp(110e3 / 8.314 * inverse) * b
-            heat = 30 * (one + 0.8 * two) - 4 * (temperature - coolant)
-            return duration * jnp.stack([-one, one - two, two, heat])
-
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(rates),  # pyright: ignore[reportArgumentType]
+            diffrax.ODETerm(_rates),  # pyright: ignore[reportArgumentType]
             diffrax.Kvaerno5(),
             0.0,
             1.0,
             1e-3,
             jnp.stack([jnp.array(2.0), jnp.array(0.0), jnp.array(0.0), coolant]),
             saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, 1.0, TIMES + 1)[1:]),
+            args=(coolant, duration),
             stepsize_controller=diffrax.PIDController(rtol=1e-8, atol=1e-8),
             max_steps=10_000,
         )
