@@ -4,8 +4,12 @@ A black box that fails
 
 A cost that jumps and has no value in a corner, as a simulator would that does not converge there.
 ``CDSM`` needs neither derivatives nor continuity: points that fail are
-infeasible to it.
+infeasible to it. The points of a poll are evaluated by Dask where it is installed (``pip install
+tolerax[dask]``), by threads of this process otherwise.
 """
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +28,10 @@ def cost(x):
 
 
 # %%
-# Ask for it as Python code, and let exceptions count as failures. With ``executor=8`` in ``solve``
-# the points of a poll go to eight processes, and the run stays the same to the last bit.
+# Ask for it as Python code, and let exceptions count as failures. Anything with ``submit``
+# evaluates points: here a Dask cluster of two workers within this process, which starts anywhere.
+# A script of its own uses processes, the default of Dask's ``LocalCluster``, or a cluster that is
+# there. The run is the same to the last bit whoever evaluates.
 
 problem = tolerax.Objective(
     cost, host=True, on_error="fail", bounds=(jnp.full(2, -1.0), jnp.full(2, 3.0))
@@ -37,9 +43,25 @@ def remember(step):
     points.append(np.asarray(step.query.x)[np.asarray(step.query.mask)])
 
 
-solution = tolerax.solve(
-    problem, tolerax.CDSM(), jnp.array([-0.5, 0.0]), max_work=150, callback=remember
-)
+with contextlib.ExitStack() as stack:
+    try:
+        from distributed import Client
+
+        client = stack.enter_context(
+            Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None)
+        )
+        executor = client.get_executor(pure=False)
+    except ImportError:
+        executor = stack.enter_context(ThreadPoolExecutor(2))
+    solution = tolerax.solve(
+        problem,
+        tolerax.CDSM(),
+        jnp.array([-0.5, 0.0]),
+        max_work=150,
+        callback=remember,
+        executor=executor,
+    )
+print(f"evaluated by {type(executor).__name__}")
 print(solution.message)
 print(f"{solution.value:.4f} at {solution.x}, {solution.state.failures} points failed")
 
