@@ -52,6 +52,7 @@ for solver in (tolerax.DirectionalAttack(then=()), tolerax.CDSM()):
 # The pictures, and what the classifier says of them.
 
 x = ends["DirectionalAttack"].x
+assert known.image is not None
 before, after = known.original, known.image(x)
 change = np.abs(after - before).max()
 figure, axes = plt.subplots(1, 4, figsize=(11, 2.9), width_ratios=(1, 1, 1, 2))

@@ -11,6 +11,7 @@ Where the classifier is sure of itself its outputs hardly change, which is hard 
 """
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,8 @@ followed, points_before, values_before = run(tolerax.InexactLineSearch())
 # the same ten numbers.
 
 classify = known.problem.goal.prediction
+to_target: Any = known.problem.goal.objective
+assert known.image is not None
 figure, axes = plt.subplots(1, 4, figsize=(11, 2.9), width_ratios=(1, 1, 2, 2))
 for axis, picture, title in [
     (axes[0], known.original, "the digit"),
@@ -57,7 +60,7 @@ for axis, picture, title in [
     axis.imshow(picture, cmap="gray_r", vmin=0, vmax=1)
     axis.set(title=title, xticks=[], yticks=[])
 digits = np.arange(10)
-axes[2].bar(digits - 0.3, known.problem.goal.objective.target, 0.3, label="the digit")
+axes[2].bar(digits - 0.3, to_target.target, 0.3, label="the digit")
 axes[2].bar(digits, classify(attacked), 0.3, label="the mixture")
 axes[2].bar(digits + 0.3, classify(known.x0), 0.3, color="0.7", label="equal weights")
 axes[2].set(xticks=digits, title="what the classifier says")

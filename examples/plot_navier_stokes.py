@@ -77,12 +77,13 @@ largest = {"RdBu_r": float(jnp.abs(reference[0]).max())}
 largest["PuOr"] = max(float(jnp.abs(w).max()) for _, w, cmap in rows if cmap == "PuOr")
 figure, axes = plt.subplots(5, 5, figsize=(9, 9), sharex=True, sharey=True, layout="constrained")
 for row, (name, w, cmap) in zip(axes, rows, strict=True):
+    pictures = []
     for ax, k in zip(row, shown, strict=True):
         scale = {"cmap": cmap, "vmin": -largest[cmap], "vmax": largest[cmap]}
-        picture = ax.imshow(w[k].T, origin="lower", extent=(0, 1, 0, 1), **scale)
+        pictures.append(ax.imshow(w[k].T, origin="lower", extent=(0, 1, 0, 1), **scale))
         ax.set(xticks=[], yticks=[])
     row[0].set(ylabel=name)
-    figure.colorbar(picture, ax=row, shrink=0.9)
+    figure.colorbar(pictures[0], ax=row, shrink=0.9)
 for ax, k in zip(axes[0], shown, strict=True):
     ax.set(title=f"t = {family.t[k]:.2g}")
 figure.suptitle("Vorticity")

@@ -68,6 +68,7 @@ query = tolerax.Query(
     derivatives=0,
 )
 answer = problem.evaluate(query)
+assert answer.violation is not None
 allowed = jnp.where(answer.violation <= 1e-6, -answer.value, jnp.nan).reshape(81, 81)
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
 colours = left.contourf(side, side, allowed.T, 20)
