@@ -26,6 +26,18 @@ def relative(u: Any, reference: np.ndarray) -> np.ndarray:
     return gap / np.linalg.norm(reference.reshape(len(reference), -1), axis=1)
 
 
+def summary(done: Any, field: Any, reference: np.ndarray, seconds: float) -> dict[str, Any]:
+    """The errors of a trained layer's fields, and what its training took."""
+    return {
+        "error": float(np.mean(relative(field.u, reference))),
+        "worst": float(np.max(relative(field.u, reference))),
+        "jump": float(jnp.mean(field.jump)),
+        "evaluations": int(done.state.evaluations.sum()),
+        "failed": int(done.state.failed.sum()),
+        "seconds": round(seconds, 1),
+    }
+
+
 def field(equation: Equation, network: Callable, inputs: Any) -> Any:
     """The lift and the mean of the outputs of the network."""
     lift = 0 if equation.lift is None else equation.lift(inputs)

@@ -13,12 +13,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import tolerax
 from benchmarks.frame import Bar, Group, Measured, Settings
-from benchmarks.soft import fields, newton_step, optimizer, relative, trained_soft
+from benchmarks.soft import fields, newton_step, optimizer, relative, summary, trained_soft
 from tolerax.problems import Boxes, HardConstrained, RandomAssignment
 from tolerax.problems.library import DiffusionSorption, SorptionBasis
 
@@ -71,14 +70,7 @@ def trained(kind: str, seed: int, count: int) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - began
     field = eqx.filter_jit(lambda layer, soils: layer(soils))(done.layer, test)
-    return {
-        "error": float(np.mean(relative(field.u, reference))),
-        "worst": float(np.max(relative(field.u, reference))),
-        "jump": float(jnp.mean(field.jump)),
-        "evaluations": int(done.state.evaluations.sum()),
-        "failed": int(done.state.failed.sum()),
-        "seconds": round(seconds, 1),
-    }
+    return summary(done, field, reference, seconds)
 
 
 @functools.cache

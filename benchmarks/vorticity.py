@@ -11,12 +11,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import tolerax
 from benchmarks.frame import Bar, Group, Measured, Settings
-from benchmarks.soft import fields, optimizer, relative, trained_soft
+from benchmarks.soft import fields, optimizer, relative, summary, trained_soft
 from tolerax.problems import Boxes, HardConstrained, RandomAssignment
 from tolerax.problems.library import NavierStokes, VorticityBasis
 
@@ -77,14 +76,7 @@ def trained(kind: str, seed: int, count: int, samples: int, tests: int) -> dict[
         more = HardConstrained(done.layer.network, family.equation, Boxes(family.grid, **MORE))
         u = solved(more, test).u
         row["16 overlapping boxes at inference"] = float(np.mean(relative(u, reference)))
-    return row | {
-        "error": float(np.mean(relative(field.u, reference))),
-        "worst": float(np.max(relative(field.u, reference))),
-        "jump": float(jnp.mean(field.jump)),
-        "evaluations": int(done.state.evaluations.sum()),
-        "failed": int(done.state.failed.sum()),
-        "seconds": round(seconds, 1),
-    }
+    return row | summary(done, field, reference, seconds)
 
 
 def soft(seed: int, count: int, samples: int, tests: int) -> dict[str, Any]:

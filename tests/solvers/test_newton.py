@@ -163,6 +163,5 @@ def test_wrong_products_cost_few_more_than_exact_ones(share):
     assert solution.success
     np.testing.assert_allclose(matrix @ np.asarray(solution.x), 1.0, atol=1e-7)
     # Exact products end after n of them a direction, and two directions take the gradient to 1e-8;
-    # four losses of conjugacy begin again with products of 3e-5. (The recurrence of two terms took
-    # 825 products with a share of 0.3.)
+    # four losses of conjugacy begin again with products of 3e-5.
     assert int(solution.work.hessian_products) <= 6 * n
