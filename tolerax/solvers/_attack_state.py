@@ -3,12 +3,18 @@
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from tolerax.contracts import State
 from tolerax.inner.lbfgs import Pairs
 from tolerax.solvers._attack_steps import Held
 from tolerax.solvers._common import Box
+
+GRADIENT, LADDER, SCATTER, OTHER = range(4)
+KINDS = 4  # sign, gradient, momentum, quasi-Newton
+FACTORS = (4.0, 1.0, 0.25, 0.0625)  # of the length that was best before
+RUNGS = KINDS * len(FACTORS)
 
 
 class AttackState(eqx.Module):
@@ -54,3 +60,8 @@ class AttackState(eqx.Module):
         """Where x is at a bound and the gradient pushes against it."""
         low, high = self.box.lower / self.unit, self.box.upper / self.unit
         return ((self.x <= low) & (g > 0)) | ((self.x >= high) & (g < 0))
+
+    def filled(self, rungs: Float[Array, "some n"]) -> Float[Array, "rungs n"]:
+        """As many rows as any attack asks for."""
+        more = self.rungs.shape[0] - rungs.shape[0]
+        return jnp.pad(rungs, ((0, more), (0, 0)), mode="edge")

@@ -8,13 +8,20 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, ArrayLike, Bool, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.lbfgs import add_pair, no_pairs
-from tolerax.inner.particles import only_rows
 from tolerax.inner.positive_bases import positive_basis
-from tolerax.solvers._attack_state import AttackState
+from tolerax.solvers._attack_state import (
+    FACTORS,
+    GRADIENT,
+    KINDS,
+    LADDER,
+    OTHER,
+    RUNGS,
+    AttackState,
+)
 from tolerax.solvers._attack_steps import (
     KEPT,
     directions,
@@ -26,16 +33,14 @@ from tolerax.solvers._attack_steps import (
     weighted,
     with_earlier,
 )
+from tolerax.solvers._attack_turns import Turns, notable
 from tolerax.solvers._branches import when
 from tolerax.solvers._common import Box, select
 from tolerax.solvers._population import check_positive, flat
 from tolerax.solvers.cdsm import CDSM
 from tolerax.solvers.model_trust_region import ModelTrustRegion, first_radius
-from tolerax.status import Status, is_failed, is_success
+from tolerax.status import Status, is_failed
 
-GRADIENT, LADDER, SCATTER, OTHER = range(4)
-KINDS = 4  # sign, gradient, momentum, quasi-Newton
-FACTORS = (4.0, 1.0, 0.25, 0.0625)  # of the length that was best before
 SMALLEST = 1e-10  # length, in units, below which attacks find nothing
 
 
@@ -114,6 +119,17 @@ class DirectionalAttack(Solver):
         fields = (self.tol, self.feasible_within)
         return models, eqx.tree_at(lambda s: (s.tol, s.feasible_within), CDSM(), fields)
 
+    def _turns(self, limits: tuple[PyTree, PyTree] | None) -> Turns:
+        return Turns(
+            self._others(limits),
+            self.gain,
+            self.burst,
+            self.restarts,
+            self.penalty,
+            self.feasible_within,
+            self.memory,
+        )
+
     @property
     def honours_bounds(self) -> bool:
         return True
@@ -134,8 +150,8 @@ class DirectionalAttack(Solver):
         box = Box.of(start)
         unit = first_radius(self.radius, start, box)
         inf, count = jnp.array(jnp.inf, dtype), jnp.array(0)
-        then = self._others(start.constraint_bounds)
-        keys = jax.random.split(start.key, len(then) + 1)
+        turns = self._turns(start.constraint_bounds)
+        keys = jax.random.split(start.key, len(turns.then) + 1)
         u = x0 / unit
         state = AttackState(
             x=u,
@@ -154,15 +170,12 @@ class DirectionalAttack(Solver):
             began=inf,
             since=inf,
             gains=jnp.full(3, jnp.inf, dtype),
-            others=tuple(
-                solver.init(_start(start, start.x, key))
-                for solver, key in zip(then, keys[1:], strict=True)
-            ),
+            others=turns.opened(start, keys[1:]),
             begins=jnp.array(False),
             turn=count,
             spent=count,
-            burst=self._first_burst(u),
-            over=jnp.zeros(len(then), bool),
+            burst=turns.first_burst(u),
+            over=jnp.zeros(len(turns.then), bool),
             feasible=jnp.array(False),
             restarted=count,
             at_turn=inf,
@@ -178,22 +191,14 @@ class DirectionalAttack(Solver):
         )
         return self._look(state, jnp.array(True))
 
-    def _first_burst(self, x: Array) -> Array:
-        kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
-        return jnp.asarray(self.burst * (x.size + 1)).astype(kind)
-
     def _rungs(self) -> int:
-        return max(KINDS * len(FACTORS), 2 * self.samples)
+        return max(RUNGS, 2 * self.samples)
 
     # -- ask --------------------------------------------------------------------------------------
 
     def ask(self, state: AttackState) -> Query:
         x = state.box.clip(state.unit * state.x)
-        asked = [self._attack(state)]
-        asked += [
-            _rows(solver.ask(other))
-            for solver, other in zip(self._others(state.limits), state.others, strict=True)
-        ]
+        asked = [self._attack(state), *self._turns(state.limits).asked(state)]
         width = max(mask.shape[0] for _, mask in asked)
         which = jnp.where(state.mode == OTHER, 1 + state.turn, 0)
         padded = [_padded(points, mask, width) for points, mask in asked]
@@ -214,7 +219,7 @@ class DirectionalAttack(Solver):
         points = jnp.clip(
             state.unit[None] * state.rungs, state.box.lower[None], state.box.upper[None]
         )
-        count = jnp.where(state.mode == GRADIENT, 2 * self.samples, KINDS * len(FACTORS))
+        count = jnp.where(state.mode == GRADIENT, 2 * self.samples, RUNGS)
         return points, jnp.arange(self._rungs()) < count
 
     # -- tell -------------------------------------------------------------------------------------
@@ -235,21 +240,24 @@ class DirectionalAttack(Solver):
             feasible=state.feasible | jnp.any(ok & (violation <= self.feasible_within)),
         )
         told = (points, energy, violation)
+        turns, new = self._turns(state.limits), jnp.array(True)
+
+        def other(i: int) -> AttackState:
+            after, again = turns.told(i, state, query, evaluation, points, energy)
+            return select(again, self._look(after, new), after)
+
         branches = [
             lambda: self._tell_gradient(state, evaluation, *told),
-            lambda: self._tell_ladder(state, *told),
-            lambda: self._tell_scatter(state, *told),
+            lambda: self._tell_ladder(state, points, energy),
+            lambda: self._look(turns.elsewhere(state, *told), new),
         ]
-        branches += [
-            lambda i=i: self._tell_other(i, state, query, evaluation, *told)
-            for i in range(len(state.others))
-        ]
+        branches += [lambda i=i: other(i) for i in range(len(turns.then))]
         which = jnp.where(state.mode == OTHER, OTHER + state.turn, state.mode)
         state = jax.lax.switch(which, branches)
-        if not state.others:
+        if not turns.then:
             return state
         # In one place for all branches: the code of other solvers is long to compile.
-        return when(state.begins, self._begun, lambda state: state, state)
+        return when(state.begins, turns.begun, lambda state: state, state)
 
     def _tell_gradient(
         self,
@@ -316,27 +324,18 @@ class DirectionalAttack(Solver):
             mode=jnp.array(LADDER),
         )
         state = dataclasses.replace(state, rungs=self._ladder(state))
-        return select(usable, state, self._others_turn(state))
+        return select(usable, state, self._turns(state.limits).taken(state))
 
     def _ladder(self, state: AttackState) -> Array:
         factors = jnp.asarray(FACTORS, state.x.dtype)
         steps = factors[:, None, None] * (state.lengths[:, None] * state.kinds)[None]
         back = jnp.minimum(4 * factors, 1)[:, None, None] * state.back * state.normal[None, None]
         rungs = state.x[None] + (back - steps).reshape(-1, state.x.size)
-        return self._filled(state, rungs)
+        return state.filled(rungs)
 
-    def _filled(self, state: AttackState, rungs: Array) -> Array:
-        """As many rows as any attack asks for."""
-        more = state.rungs.shape[0] - rungs.shape[0]
-        return jnp.pad(rungs, ((0, more), (0, 0)), mode="edge")
-
-    def _tell_ladder(
-        self, state: AttackState, points: Array, energy: Array, violation: Array
-    ) -> AttackState:
+    def _tell_ladder(self, state: AttackState, points: Array, energy: Array) -> AttackState:
         """The lowest rung, if it is lower; where that is not enough, the turn of the others."""
-        del violation
-        count = KINDS * len(FACTORS)
-        points, energy = points[1 : 1 + count], energy[1 : 1 + count]
+        points, energy = points[1 : 1 + RUNGS], energy[1 : 1 + RUNGS]
         best = jnp.argmin(energy)
         lower = energy[best] < state.energy
         by_kind = jnp.min(energy.reshape(len(FACTORS), KINDS), axis=0) < state.energy
@@ -352,7 +351,7 @@ class DirectionalAttack(Solver):
         gain = jnp.where(lower, state.energy - energy[best], 0)
         gains = jnp.roll(state.gains, 1).at[0].set(gain)
         now = jnp.where(lower, energy[best], state.energy)
-        enough = jnp.sum(gains) > self._notable(state, state.since, now)
+        enough = jnp.sum(gains) > notable(self.gain, state, state.since, now)
         hopeless = jnp.max(lengths) <= 16 * SMALLEST
         state = dataclasses.replace(
             state,
@@ -370,13 +369,8 @@ class DirectionalAttack(Solver):
         crowded = ~lower & jnp.any(state.held.signs[KEPT:] != 0)
         bare = dataclasses.replace(state, held=state.held.forgets(crowded))
         onward = select(crowded, self._look(bare, crowded), onward)
-        return select(crowded | (enough & ~hopeless), onward, self._others_turn(state))
-
-    def _notable(self, state: AttackState, before: Array, now: Array) -> Array:
-        """A gain to go on for: a share of what was gained so far, or of a value that falls to 0;
-        where nothing is feasible, of what is left of the violation."""
-        size = jnp.abs(now)
-        return self.gain * jnp.where(state.feasible, jnp.minimum(before - now, size), size)
+        others = self._turns(state.limits).taken(state)
+        return select(crowded | (enough & ~hopeless), onward, others)
 
     def _look(self, state: AttackState, moved: Array) -> AttackState:
         """The next question of an attack: the gradient where x is new, else a shorter ladder."""
@@ -387,176 +381,9 @@ class DirectionalAttack(Solver):
             basis = positive_basis(key, n, dtype=state.x.dtype)[: self.samples]
             steps = 0.1 * jnp.clip(state.lengths[1], 1e-6, 1.0) * basis
             rungs = jnp.concatenate([state.x[None] + steps, state.x[None] - steps])
-            ahead = dataclasses.replace(ahead, rungs=self._filled(state, rungs))
+            ahead = dataclasses.replace(ahead, rungs=state.filled(rungs))
         again = dataclasses.replace(state, mode=jnp.array(LADDER), rungs=self._ladder(state))
         return select(moved, ahead, again)
-
-    # -- the others -------------------------------------------------------------------------------
-
-    def _others_turn(self, state: AttackState) -> AttackState:
-        """Those of `then` begin at the best point."""
-        if not state.others:
-            found = jnp.isfinite(state.energy)
-            status = Status.where(found, Status.stalled, Status.all_failed)
-            return dataclasses.replace(state, done=jnp.array(True), status=_named(state, status))
-        return dataclasses.replace(
-            state,
-            begins=jnp.array(True),
-            over=jnp.zeros_like(state.over),
-            mode=jnp.array(OTHER),
-            spent=jnp.zeros_like(state.spent),
-            at_turn=state.energy,
-        )
-
-    def _begun(self, state: AttackState) -> AttackState:
-        x = state.box.unravel(state.box.clip(state.unit * state.x))
-        bounds = (state.box.unravel(state.box.lower), state.box.unravel(state.box.upper))
-        then = self._others(state.limits)
-        keys = jax.random.split(jax.random.fold_in(state.key, state.iteration), len(then))
-        start = Start(x, bounds, None, keys[0], _nothing, state.limits)
-        others = tuple(
-            solver.init(_start(start, x, key)) for solver, key in zip(then, keys, strict=True)
-        )
-        return dataclasses.replace(state, others=others, begins=jnp.array(False))
-
-    def _tell_other(
-        self,
-        i: int,
-        state: AttackState,
-        query: Query,
-        evaluation: Evaluation,
-        points: Array,
-        energy: Array,
-        violation: Array,
-    ) -> AttackState:
-        """Tell one of them, and see whose turn is next."""
-        del violation
-        solver, other = self._others(state.limits)[i], state.others[i]
-        own = solver.ask(other)
-        rows = slice(1, 1 + _rows(own)[1].shape[0])
-        cut = lambda leaf: leaf[rows]  # noqa: E731
-        assert query.mask is not None
-        asked = dataclasses.replace(own, mask=query.mask[rows])
-        bare = dataclasses.replace(evaluation, gradient=None)
-        answer = eqx.tree_at(
-            lambda e: e.work,
-            jax.tree.map(cut, only_rows(bare)),
-            evaluation.work,
-            is_leaf=lambda leaf: leaf is None,
-        )
-        if not solver.honours_constraints:
-            answer = dataclasses.replace(
-                answer,
-                value=energy[rows],
-                value_error=jnp.zeros_like(energy[rows]),
-                violation=None,
-                constraints=None,
-            )
-        other = solver.tell(other, asked, answer)
-        done, status = solver.terminate(other)
-        if evaluation.violation is not None and not solver.honours_constraints:
-            # What it has converged to is a kinked sum of value and penalty.
-            status = Status.where(is_success(status), Status.stalled, status)
-        best = jnp.argmin(energy)
-        lower = energy[best] < state.energy
-        spent = state.spent + jnp.sum(query.mask).astype(state.spent.dtype)
-        over = state.over.at[i].set(done)
-        others = (*state.others[:i], other, *state.others[i + 1 :])
-        state = dataclasses.replace(
-            state,
-            x=jnp.where(lower, points[best], state.x),
-            energy=jnp.where(lower, energy[best], state.energy),
-            others=others,
-            over=over,
-            spent=spent,
-        )
-        ended = done | (spent >= state.burst)
-        return select(ended, self._after_turn(i, state, status), state)
-
-    def _after_turn(self, i: int, state: AttackState, status: Any) -> AttackState:
-        """Attack again where the others have moved on; else the next one's turn, for longer after a
-        round of them."""
-        gained = state.at_turn - state.energy
-        notable = gained > self._notable(state, state.began, state.at_turn)
-        count = len(state.others)
-        last = i == count - 1
-        burst = jnp.where(notable, state.burst, (2 if last else 1) * state.burst)
-        state = dataclasses.replace(state, burst=burst)
-        following = jnp.array((i + 1) % count)
-        if count > 1:
-            order = (i + 1 + jnp.arange(count)) % count
-            following = order[jnp.argmin(state.over[order])]
-        waiting = dataclasses.replace(
-            state,
-            turn=following,
-            spent=jnp.zeros_like(state.spent),
-            done=jnp.all(state.over),
-            status=Status.where(jnp.all(state.over), _named(state, status), state.status),
-        )
-        # Where turns find nothing to hold on to, elsewhere there may be something.
-        lost = jnp.all(state.over) & ~is_success(status) | (jnp.array(last) & ~state.feasible)
-        elsewhere = lost & (state.restarted < self.restarts)
-        waiting = select(elsewhere, self._scatter(state), waiting)
-        # After a round a small gain is reason enough for an attack, which costs little.
-        least = 1e-6 * jnp.abs(state.at_turn)
-        again = notable | (last & state.feasible & (gained > least))
-        return select(again, self._look(self._afresh(state), jnp.array(True)), waiting)
-
-    def _afresh(self, state: AttackState) -> AttackState:
-        """An attack that knows nothing but its point."""
-        nothing = jnp.zeros_like(state.x)
-        return dataclasses.replace(
-            state,
-            turn=jnp.zeros_like(state.turn),
-            pairs=no_pairs(self.memory, state.x),
-            before=(state.x, nothing),
-            held=jax.tree.map(jnp.zeros_like, state.held),
-            violation=jnp.full_like(state.violation, jnp.inf),
-            momentum=nothing,
-            lengths=jnp.maximum(state.lengths, 1e-3),
-            back=jnp.ones_like(state.back),
-            since=state.energy,
-            gains=jnp.full_like(state.gains, jnp.inf),
-        )
-
-    # -- elsewhere --------------------------------------------------------------------------------
-
-    def _scatter(self, state: AttackState) -> AttackState:
-        """Random points within the bounds, or near x where there are none."""
-        key = jax.random.fold_in(state.key, state.iteration)
-        low, high = state.box.lower / state.unit, state.box.upper / state.unit
-        low = jnp.where(jnp.isfinite(low), low, jnp.minimum(state.x, high) - 4)
-        high = jnp.where(jnp.isfinite(high), high, jnp.maximum(state.x, low) + 4)
-        shares = jax.random.uniform(key, (KINDS * len(FACTORS), state.x.size), state.x.dtype)
-        return dataclasses.replace(
-            state,
-            rungs=self._filled(state, low[None] + shares * (high - low)[None]),
-            mode=jnp.array(SCATTER),
-            restarted=state.restarted + 1,
-            burst=self._first_burst(state.x),
-        )
-
-    def _tell_scatter(
-        self, state: AttackState, points: Array, energy: Array, violation: Array
-    ) -> AttackState:
-        """Attack from the point that violates least, and has the lowest value of those."""
-        count = KINDS * len(FACTORS)
-        points, energy, violation = points[1:][:count], energy[1:][:count], violation[1:][:count]
-        violation = jnp.where(jnp.isfinite(energy), violation, jnp.inf)
-        least = violation <= jnp.maximum(jnp.min(violation), self.feasible_within)
-        best = jnp.argmin(jnp.where(least, energy, jnp.inf))
-        penalty = jnp.asarray(self.penalty, state.penalty.dtype)
-        less = jnp.where(violation[best] > 0, (state.penalty - penalty) * violation[best], 0)
-        here = energy[best] - less
-        state = dataclasses.replace(
-            state,
-            x=points[best],
-            energy=here,
-            began=here,
-            penalty=penalty,
-            lengths=jnp.ones_like(state.lengths),
-        )
-        return self._look(self._afresh(state), jnp.array(True))
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -567,28 +394,7 @@ class DirectionalAttack(Solver):
         return {"iteration": state.iteration, "attacks": state.attacks, "mode": state.mode}
 
 
-def _named(state: AttackState, status: Any) -> Any:
-    """The status, or that nothing feasible was found."""
-    known = state.feasible | ~jnp.isfinite(state.energy)
-    return Status.where(known, status, Status.infeasible)
-
-
-def _start(start: Start, x: PyTree, key: PRNGKeyArray) -> Start:
-    return Start(x, start.bounds, start.carry, key, start.answer, start.constraint_bounds)
-
-
 def _padded(points: Array, mask: Array, width: int) -> tuple[Array, Array]:
     """More rows, which nobody wants."""
     more = width - mask.shape[0]
     return jnp.pad(points, ((0, more), (0, 0)), mode="edge"), jnp.pad(mask, (0, more))
-
-
-def _nothing(query: Query) -> PyTree:
-    raise ValueError("a solver of `then` must not ask for the shapes of answers.")
-
-
-def _rows(query: Query) -> tuple[Array, Array]:
-    """The points of a batch as rows, and which of them are wanted."""
-    if query.mask is None or query.derivatives:
-        raise ValueError("the solvers of `then` must ask for values at batches of points.")
-    return flat(query.x), query.mask
