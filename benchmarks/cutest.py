@@ -81,19 +81,22 @@ class Case:
     x0: np.ndarray
 
 
-def cases() -> list[Case]:
-    """All problems of `NAMES`."""
-    # One module of sif2jax fills a large matrix entry by entry when it is imported.
+def library() -> Any:
+    """The package sif2jax."""
+    # One of its modules fills a large matrix entry by entry when it is imported.
     slow = "sif2jax.cutest._constrained_minimisation.cleuven7"
     stub: Any = types.ModuleType(slow)
     stub.CLEUVEN7 = type("CLEUVEN7", (), {})
     sys.modules.setdefault(slow, stub)
     import sif2jax
 
-    every = [
-        *sif2jax.constrained_minimisation_problems,
-        *sif2jax.constrained_quadratic_problems,
-    ]
+    return sif2jax
+
+
+def cases() -> list[Case]:
+    """All problems of `NAMES`."""
+    known = library()
+    every = [*known.constrained_minimisation_problems, *known.constrained_quadratic_problems]
     known = {type(problem).__name__: problem for problem in every}
     return [_case(name, known[name]) for name in NAMES]
 

@@ -30,6 +30,7 @@ PACKAGES = (
     "jaxopt",
     "Py-BOBYQA",
     "PyNomadBBO",
+    "sif2jax",
 )
 
 
