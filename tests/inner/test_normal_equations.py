@@ -8,6 +8,17 @@ from tolerax.inner.normal_equations import factored
 LANES, N = 40, 4
 
 
+def test_a_matrix_that_is_indefinite_and_well_conditioned_is_solved_and_says_so():
+    rng = np.random.default_rng(1)
+    V = np.linalg.qr(rng.normal(size=(N, N)))[0]
+    H = V * np.array([3.0, 2.0, 1.0, -0.5])[None] @ V.T
+    singular = V * np.array([3.0, 2.0, 1.0, 0.0])[None] @ V.T
+    b = rng.normal(size=(2, N))
+    solve, sound = factored(jnp.asarray(np.stack([H, singular])))
+    assert sound.tolist() == [True, False]
+    np.testing.assert_allclose(H @ np.asarray(solve(jnp.asarray(b)))[0], b[0], rtol=1e-12)
+
+
 def test_a_direction_without_curvature_is_left_out_whatever_rounding_makes_of_it():
     """Gram matrices of rank 3, whose last pivot is rounding of either sign; and of rank 4."""
     rng = np.random.default_rng(0)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float
 
+from tolerax.inner.cholesky import cholesky
 from tolerax.inner.rows import Jacobian, dense, transposed
 from tolerax.inner.rows import gram as gram_of
 
@@ -61,7 +62,7 @@ def _factor_of(gram: Square) -> Square:
     """Cholesky's factor with columns of length 1, NaN where there is none."""
     scale = _lengths(gram)
     unit = gram / (scale[:, :, None] * scale[:, None, :])
-    return jnp.linalg.cholesky(unit, symmetrize_input=False)
+    return cholesky(unit)
 
 
 def _safe(factor: Square) -> tuple[Square, Bool[Array, " k"]]:
@@ -132,7 +133,7 @@ def _damped(normal: Normal, damping: Lane, free: Bool[Array, "k n"]) -> tuple[Ro
     unit = jnp.where(both, normal.gram / (scale[:, :, None] * scale[:, None, :]), eye)
     matrix = unit + damping[:, None, None] * eye
     b = jnp.where(free, -normal.gradient / scale, 0)
-    factor = _safe(jnp.linalg.cholesky(matrix, symmetrize_input=False))[0]
+    factor = _safe(cholesky(matrix))[0]
     q = _solve_lower(factor, b)
     # One step of iterative refinement.
     q = q + _solve_lower(factor, b - jnp.einsum("kij,kj->ki", matrix, q))
@@ -197,11 +198,11 @@ def trust_region_step(
 
 def factored(H: Square) -> tuple[Callable[[Rows], Rows], Flags]:
     """Solves with symmetric matrices: Cholesky's method where they are positive definite to working
-    precision (the lanes of the second answer), else by eigenvectors, without those whose
-    eigenvalues are rounding."""
+    precision, else by eigenvectors, without those whose eigenvalues are rounding. The second
+    answer: lanes in which there are none of these."""
     scale = _lengths(H)
     unit = H / (scale[:, :, None] * scale[:, None, :])
-    factor = jnp.linalg.cholesky(unit, symmetrize_input=False)
+    factor = cholesky(unit)
     rounding = 10 * scale.shape[1] * jnp.finfo(H.dtype).eps
     # A pivot that is rounding may come out with either sign.
     pivots = jnp.diagonal(factor, axis1=1, axis2=2) ** 2
@@ -224,7 +225,7 @@ def factored(H: Square) -> tuple[Callable[[Rows], Rows], Flags]:
         by_vectors = jnp.einsum("kij,kj->ki", V, along)
         return jnp.where(fine[:, None], by_factor, by_vectors) / scale
 
-    return solve, fine
+    return solve, fine | jnp.all(kept, axis=1)
 
 
 def by_root(J: Float[Array, "k m n"], S: Square) -> tuple[Callable[[Rows], Rows], Flags]:
