@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ PARTICLES = (64, 512)  # one row in each block of the sums, and eight
 KINDS = ("SoftConsensus", "HardMinimum")
 
 
-def last_particles(count: int, kind: str, particles: int) -> np.ndarray:
+def last_particles(count: int, kind: str, particles: int, steps: int = STEPS) -> np.ndarray:
     """The particles after a run on the first `count` devices, 0 for a run without sharding."""
     import jax
     import jax.numpy as jnp
@@ -45,7 +46,7 @@ def last_particles(count: int, kind: str, particles: int) -> np.ndarray:
         sharding=sharding,
     )
     problem = tolerax.Objective(Moved(rastrigin, jnp.ones(D)))
-    solution = tolerax.solve(problem, solver, jnp.zeros(D), key=key, max_steps=STEPS)
+    solution = tolerax.solve(problem, solver, jnp.zeros(D), key=key, max_steps=steps)
     x = solution.state.solver_state.x
     if count > 1 and len(x.sharding.device_set) != count:
         raise RuntimeError(
@@ -54,25 +55,32 @@ def last_particles(count: int, kind: str, particles: int) -> np.ndarray:
     return np.asarray(x)
 
 
-def write(path: str, *particles: str) -> None:
-    """All runs with these numbers of particles, to a file of arrays."""
+def names(
+    particles: Sequence[int], counts: Sequence[int] = (0, *COUNTS), kinds: Sequence[str] = KINDS
+) -> list[str]:
+    """The runs with these numbers of devices, consensus and numbers of particles."""
+    return [" ".join(map(str, run)) for run in itertools.product(counts, kinds, particles)]
+
+
+def write(path: str, steps: str, *runs: str) -> None:
+    """The particles of these runs, to a file of arrays."""
     import jax
 
     jax.config.update("jax_enable_x64", True)
-    arrays: dict[str, Any] = {
-        f"{count} {kind} {many}": last_particles(count, kind, int(many))
-        for count, kind, many in itertools.product((0, *COUNTS), KINDS, particles)
-    }
+    arrays: dict[str, Any] = {}
+    for run in runs:
+        count, kind, many = run.split(" ")
+        arrays[run] = last_particles(int(count), kind, int(many), int(steps))
     np.savez(path, **arrays)
 
 
-def all_runs(particles: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """The particles of all runs, from a process with eight devices."""
+def all_runs(runs: Sequence[str], steps: int = STEPS) -> dict[str, np.ndarray]:
+    """The particles of these runs, from a process with eight devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={COUNTS[-1]}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "runs.npz"
         subprocess.run(
-            [sys.executable, "-m", "benchmarks.cbo_devices", str(path), *map(str, particles)],
+            [sys.executable, "-m", "benchmarks.cbo_devices", str(path), str(steps), *runs],
             env={**os.environ, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"},
             cwd=Path(__file__).parents[1],
             check=True,
@@ -115,7 +123,7 @@ def compare(runs: dict[str, np.ndarray]) -> dict[str, Measured]:
 
 
 def measure(settings: Settings) -> dict[str, Measured]:
-    return compare(all_runs(PARTICLES[:1] if settings.quick else PARTICLES))
+    return compare(all_runs(names(PARTICLES[:1] if settings.quick else PARTICLES)))
 
 
 GROUP = Group(

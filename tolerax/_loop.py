@@ -122,8 +122,13 @@ def ask(solver: Solver, run: Run, limits: dict[str, Array]) -> Query:
         again_x, again_mask = run.best.x, None
         again_carry = run.best.carry if query.carry is not None else None
     else:
-        # The first of the points: to put it in the place of all would take their memory again.
-        first = lambda q, b: q.at[0].set(jnp.where(run.verifying, b, q[0]))  # noqa: E731
+        # In the place of the first of the points: in that of all it would take their memory again.
+        # Not by `q.at[0].set`: XLA (jaxlib 0.10.2) scatters the row to the first row of every device
+        # where the first points have just been exchanged, as `CBO` does.
+        def first(q: Array, b: Array) -> Array:
+            row = jnp.where(run.verifying, b, q[0])
+            return jax.lax.dynamic_update_index_in_dim(q, row, 0, 0)
+
         again_x, again_carry = jax.tree.map(first, query.x, run.best.x), query.carry
         again_mask = jnp.zeros_like(query.mask).at[0].set(True)
         if again_carry is not None:

@@ -177,6 +177,18 @@ def test_device_runs_are_compared_bit_by_bit():
     assert one["device_difference"].figure == pytest.approx(5e-7, rel=1e-3)
 
 
+def test_particles_on_four_devices_move_as_on_two_and_on_one():
+    """The points that are exchanged for probes, 256 at most, lie on one device of two, on two of
+    four, and all 512 on one of one."""
+    runs = cbo_devices.all_runs(
+        cbo_devices.names([512], counts=(1, 2, 4), kinds=("SoftConsensus",)), steps=3
+    )
+    (by,) = cbo_devices.same_runs(runs).values()
+    assert np.array_equal(by[4], by[2])
+    # One device rounds as several do, and may sum the blocks in an order of its own.
+    assert by[1] == pytest.approx(by[2], rel=1e-12)
+
+
 def test_every_figure_has_a_bar_and_a_group():
     names = [bar.name for group in cbo.GROUPS for bar in group.bars]
     assert len(set(names)) == len(names) == 18
