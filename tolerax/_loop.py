@@ -123,7 +123,7 @@ def ask(solver: Solver, run: Run, limits: dict[str, Array]) -> Query:
         again_carry = run.best.carry if query.carry is not None else None
     else:
         # In the place of the first of the points: in that of all it would take their memory again.
-        # Not by `q.at[0].set`: XLA (jaxlib 0.10.2) scatters the row to the first row of every device
+        # Not by `q.at[0].set`: XLA (jaxlib 0.10) scatters the row to the first row of every device
         # where the first points have just been exchanged, as `CBO` does.
         def first(q: Array, b: Array) -> Array:
             row = jnp.where(run.verifying, b, q[0])
