@@ -3,11 +3,10 @@
 This file lies at the top so that `pytest tolerax/driver.py` (doctests) sees it too.
 """
 
-import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
 
 import hypothesis
 import jax
@@ -24,22 +23,21 @@ PLAIN_CODE = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitter
 def ask_for_plain_code() -> None:
     """Set XLA_FLAGS before the first compilation reads them, and for the processes of tests.
 
-    XLA ends the process at a flag it does not know, and flags go with its versions: only those
-    whose names are in its library are set.
+    XLA ends the process at a flag it does not know, and flags go with its versions: each is tried
+    in a process of its own, once for all workers, which inherit what is set here.
     """
     given = os.environ.get("XLA_FLAGS", "")
-    package = find_spec("jaxlib")
-    folder = Path(package.origin or ".").parent if package else Path()
-    library = max(folder.glob("*.so"), key=lambda path: path.stat().st_size, default=None)
-    if library is None:
-        return
-    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
-        known = [
-            f"--{name}={value}"
-            for name, value in PLAIN_CODE.items()
-            if name not in given and code.find(name.encode()) >= 0
-        ]
+    asked = [f"--{name}={value}" for name, value in PLAIN_CODE.items() if name not in given]
+    started = [(flag, _process_with(f"{given} {flag}")) for flag in asked]
+    known = [flag for flag, process in started if process.wait() == 0]
     os.environ["XLA_FLAGS"] = " ".join([*given.split(), *known])
+
+
+def _process_with(flags: str) -> subprocess.Popen[bytes]:
+    """A process that starts XLA with these flags."""
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 
 ask_for_plain_code()
