@@ -124,19 +124,24 @@ class CG(eqx.Module):
         dtype = b.dtype
         d = lower_bound
         p_diag = d if preconditioner is None else preconditioner
+        plain = preconditioner is None and memory is None
         # The spectrum of P^-1 A lies above this.
         floor = jnp.min(d / p_diag) if memory is None else memory.floor
         floor = (1 - 1e-7) * floor
         inverse = (lambda r: r / p_diag) if memory is None else memory.solve
         kept = None if memory is None else jnp.zeros((2, memory.pairs, b.size), dtype)
-        tiny = jnp.finfo(dtype).tiny
+        least, tiny = jnp.min(d), jnp.finfo(dtype).tiny
         eps = jnp.finfo(dtype).eps
         count = jnp.result_type(int)
+
+        def dual(rz: Array, r: Vector) -> Array:
+            """|r|_{D^-1} squared. Passes over vectors are what an iteration costs beside A."""
+            return rz if plain else jnp.dot(r, r / d)
 
         def bound(gamma: Array, rz: Array, r: Vector, kept: Array | None) -> Array:
             """Squared upper bound on the error from the Radau weight and from |r|_{D^-1}, or the
             best that the products kept allow: the floor of a learned preconditioner is low."""
-            simple = jnp.sum(r * r / d) if kept is None else dual_norm_given(r, d, *kept) ** 2
+            simple = dual(rz, r) if kept is None else dual_norm_given(r, d, *kept) ** 2
             radau = jnp.where(gamma > 0, gamma * rz, jnp.inf)
             return jnp.minimum(simple, radau) if self.quadrature else simple
 
@@ -159,8 +164,8 @@ class CG(eqx.Module):
 
         def rounding(x: Vector, largest: Array) -> Array:
             """The error that residuals wrong by 2 eps |A| |x| amount to."""
-            size = guess_norm + jnp.linalg.norm(x)
-            return 2 * eps * largest * size / jnp.sqrt(jnp.min(d))
+            size = guess_norm + jnp.sqrt(jnp.dot(x, x))
+            return 2 * eps * largest * size / jnp.sqrt(least)
 
         def unfinished(carry: tuple) -> Bool[Array, ""]:
             x, r, _, rz, weights, gone, (_, largest), step, bad, kept = carry
@@ -169,7 +174,7 @@ class CG(eqx.Module):
             wanted = jnp.maximum(asked, relative * jnp.sqrt(gone + squared))
             error = jnp.sqrt(squared)
             going = (error + unsure > wanted) & (error > 0.1 * unsure) & (rz > tiny)
-            going = going & (jnp.sum(r * r / d) > negligible)
+            going = going & (dual(rz, r) > negligible)
             return going & (step < self.max_steps) & ~bad
 
         def body(carry: tuple) -> tuple:
@@ -178,10 +183,12 @@ class CG(eqx.Module):
             if kept is not None:
                 kept = kept.at[:, step].set(jnp.stack([p, ap]), mode="drop")
             pap = jnp.dot(p, ap)
-            curvature = jnp.minimum(curvature, pap / jnp.maximum(jnp.dot(p, d * p), tiny))
-            unit = jnp.maximum(jnp.max(jnp.abs(p)), tiny)
-            norm = jnp.maximum(jnp.linalg.norm(p / unit), 1)
-            largest = jnp.maximum(largest, jnp.linalg.norm(ap / unit) / norm)
+            pdp = jnp.maximum(jnp.dot(p, d * p), tiny)
+            curvature = jnp.minimum(curvature, pap / pdp)
+            # Where squares overflow or vanish the quotients of Rayleigh are what is known.
+            seen = jnp.sqrt(jnp.dot(ap, ap) / jnp.dot(p, p))
+            seen = jnp.where(jnp.isfinite(seen), seen, pap / pdp * least)
+            largest = jnp.maximum(largest, seen)
             bad = ~(pap > 0)
             alpha = jnp.where(bad, 0, rz / jnp.where(bad, 1, pap))
             x, r = x + alpha * p, r - alpha * ap
