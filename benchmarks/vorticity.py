@@ -39,8 +39,10 @@ def data(seed: int, train: int, test: int) -> tuple[NavierStokes, Any, Any, np.n
 
 
 def network(family: NavierStokes, seed: int, outputs: int) -> VorticityBasis:
-    """Before training; the same but for its last matrix whatever `outputs`."""
-    return VorticityBasis(family, outputs, hidden=64, key=jax.random.key(seed + 10_000))
+    """Before training; the same operator but for its last matrix whatever `outputs`, and nothing
+    else where one output is the solution."""
+    key = jax.random.key(seed + 10_000)
+    return VorticityBasis(family, outputs, hidden=64, start=outputs > 1, key=key)
 
 
 def layer(kind: str, family: NavierStokes, seed: int) -> HardConstrained:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tolerax.problems.library import DiffusionSorption, FourierOperator, SorptionBasis
-from tolerax.problems.library.operators import difference_matrix
+from tolerax.problems.library.operators import difference_matrix, legendre_products
 
 FAMILY = DiffusionSorption(17, 13, spans=2)
 SOILS = FAMILY.sample(jax.random.key(0), 3)
@@ -47,6 +47,17 @@ def test_a_basis_vanishes_where_values_are_given():
     assert not np.any(basis[:, 0])
     assert not np.any(basis[:, :, 0])
     assert np.all(np.any(basis[:, 1:, 1:] != 0, axis=(1, 2)))
+    # Nothing but the operator is trained: not the points of the grid.
+    weights = [jax.tree.leaves(eqx.filter(n, eqx.is_array)) for n in (network, network.operator)]
+    assert len(weights[0]) == len(weights[1])
+
+
+def test_products_of_legendre_polynomials_are_orthogonal():
+    x, weight = np.polynomial.legendre.leggauss(6)
+    P = legendre_products(10, (x + 1) / 2, (x + 1) / 2)
+    G = np.einsum("ixy,jxy,x,y->ij", P, P, weight, weight)
+    np.testing.assert_allclose(G, np.diag(np.diag(G)), atol=1e-12)
+    assert np.all(np.diag(G) > 0)
 
 
 def test_a_fourier_operator_commutes_with_shifts_of_periodic_fields():

@@ -61,6 +61,16 @@ def test_a_basis_vanishes_at_the_beginning_and_has_mean_zero():
     np.testing.assert_allclose(basis.mean(axis=(2, 3)), 0, atol=1e-12)
 
 
+def test_a_basis_has_waves_that_do_not_depend_on_each_other():
+    network = VorticityBasis(FAMILY, 30, width=4, modes=2, layers=1, key=jax.random.key(0))
+    network = eqx.tree_at(lambda n: n.operator.project[1], network, replace_fn=jnp.zeros_like)
+    basis = network(jax.tree.map(lambda leaf: leaf[0], FLOWS))
+    assert basis.shape == (30, *FAMILY.grid)
+    waves = np.asarray(basis[6:, -1]).reshape(24, -1)
+    # All cosines and sines have the same mean square; those of the first 12 pairs fit the grid.
+    np.testing.assert_allclose(waves @ waves.T / waves.shape[1], 0.5 * np.eye(24), atol=1e-12)
+
+
 def test_a_key_gives_the_same_flows_on_every_grid():
     finer = NavierStokes(48, 5, forcing=1.0).sample(jax.random.key(0), 2)
     coarse = NavierStokes(32, 5, forcing=1.0).sample(jax.random.key(0), 2)

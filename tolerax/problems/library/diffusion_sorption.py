@@ -12,7 +12,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from tolerax.problems.hard_constrained import Equation
 from tolerax.problems.library.base import check_count
 from tolerax.problems.library.kept import kept
-from tolerax.problems.library.operators import FourierOperator, difference_matrix
+from tolerax.problems.library.operators import (
+    FourierOperator,
+    difference_matrix,
+    legendre_products,
+)
 
 POROSITY, DENSITY, SORPTION = 0.29, 2880.0, 3.5e-4
 HELD = (1 - POROSITY) / POROSITY * DENSITY * SORPTION
@@ -53,9 +57,10 @@ class DiffusionSorption(eqx.Module):
     (2e-4 to 8e-4 with 500 as the unit of time), n in 0.75 to 0.95, the inlet in 0.5 to 1. The
     published family (Takamoto et al., *PDEBench*, 2022) has one parameter.
 
-    - `x`, `t`: nodes of the grid. `equation`: for [`HardConstrained`][], with a lift that has the
-      values at the beginning and at the inlet. With `spans` its `balance` says for each of so many
-      spans of time that what is stored has changed by what came through both ends.
+    - `nx`, `nt`: points of the grid, at `x` and `t`. `equation`: for [`HardConstrained`][], with a
+      lift that has the values at the beginning and at the inlet. With `spans` its `balance` says
+      for each of so many spans of time that what is stored has changed by what came through both
+      ends.
 
     >>> import jax
     >>> family = DiffusionSorption(17, 11)
@@ -65,14 +70,24 @@ class DiffusionSorption(eqx.Module):
     ((2, 17, 11), True)
     """
 
-    x: np.ndarray
-    t: np.ndarray
+    # Arrays would be taken for weights where a network holds the family.
+    nx: int = eqx.field(static=True)
+    nt: int = eqx.field(static=True)
     spans: int = eqx.field(static=True)
 
     def __init__(self, nx: int = 48, nt: int = 41, spans: int = 0):
-        self.x = np.linspace(0, 1, check_count("nx", nx, 6))
-        self.t = np.linspace(0, 1, check_count("nt", nt, 6))
+        self.nx, self.nt = check_count("nx", nx, 6), check_count("nt", nt, 6)
         self.spans = check_count("spans", spans, 0, nt - 1)
+
+    @property
+    def x(self) -> np.ndarray:
+        """Points from the inlet to the outlet."""
+        return np.linspace(0, 1, self.nx)
+
+    @property
+    def t(self) -> np.ndarray:
+        """Times, the first at the beginning."""
+        return np.linspace(0, 1, self.nt)
 
     def sample(self, key: PRNGKeyArray, count: int) -> Soil:
         """Soils drawn from the family, with an axis in front."""
@@ -221,14 +236,19 @@ def _through(values: Array, at: Array) -> Array:
 
 
 class SorptionBasis(eqx.Module):
-    """A network for [`DiffusionSorption`][]: a Fourier neural operator whose outputs vanish at the
-    beginning and at the inlet.
+    """A network for [`DiffusionSorption`][]: what a Fourier neural operator adds to products of
+    Legendre polynomials, times a field that vanishes at the beginning and at the inlet.
+
+    The polynomials make a basis of it before anything is learned, in each part of the grid too.
 
     - `outputs`: how many basis functions.
+    - `polynomials`: False for what the operator gives alone, as for a network of one output that is
+      the solution.
     """
 
     operator: FourierOperator
     family: DiffusionSorption
+    polynomials: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -238,13 +258,24 @@ class SorptionBasis(eqx.Module):
         width: int = 24,
         modes: int = 6,
         layers: int = 3,
+        polynomials: bool = True,
         key: PRNGKeyArray,
     ):
-        self.family = family
+        self.family, self.polynomials = family, polynomials
         self.operator = FourierOperator(
-            6, outputs, width=width, modes=(modes, modes), layers=layers, padding=(8, 8), key=key
+            6,
+            outputs,
+            width=width,
+            modes=(modes, modes),
+            layers=layers,
+            padding=(8, 8),
+            gain=0.1 if polynomials else 1.0,
+            key=key,
         )
 
     def __call__(self, soil: Soil) -> Float[Array, "n x t"]:
         x, t = self.family.x[:, None], self.family.t[None]
-        return (jnp.tanh(4 * x) * jnp.tanh(4 * t))[None] * self.operator(self.family.features(soil))
+        basis = self.operator(self.family.features(soil))
+        if self.polynomials:
+            basis = basis + legendre_products(len(basis), self.family.x, self.family.t)
+        return (jnp.tanh(4 * x) * jnp.tanh(4 * t))[None] * basis

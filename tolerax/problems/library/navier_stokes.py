@@ -248,14 +248,20 @@ def _finer(field: Float[Array, "x y"], fine: int) -> Float[Array, "fine fine"]:
 
 
 class VorticityBasis(eqx.Module):
-    """A network for [`NavierStokes`][]: a Fourier neural operator whose outputs have mean 0 at each
-    time and vanish at the beginning.
+    """A network for [`NavierStokes`][]: what a Fourier neural operator adds to a basis, with mean 0
+    at each time and 0 at the beginning.
+
+    The basis, before anything is learned: the vorticity at the beginning and its first two
+    derivatives in time, times t and t^2, and t times the waves of lowest frequency.
 
     - `outputs`: how many basis functions.
+    - `start`: False for what the operator gives alone, as for a network of one output that is the
+      solution.
     """
 
     operator: FourierOperator
     family: NavierStokes
+    start: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -266,9 +272,10 @@ class VorticityBasis(eqx.Module):
         modes: int = 6,
         layers: int = 3,
         hidden: int = 64,
+        start: bool = True,
         key: PRNGKeyArray,
     ):
-        self.family = family
+        self.family, self.start = family, start
         self.operator = FourierOperator(
             6,
             outputs,
@@ -277,11 +284,28 @@ class VorticityBasis(eqx.Module):
             layers=layers,
             hidden=hidden,
             padding=(4, 0, 0),
+            gain=0.1 if start else 1.0,
             key=key,
         )
 
     def __call__(self, flow: Flow) -> Float[Array, "n t x y"]:
-        fields = self.operator(self.family.features(flow))
-        fields = fields - jnp.mean(fields, axis=(2, 3), keepdims=True)
-        t = jnp.asarray(self.family.t / self.family.duration)
-        return t[None, :, None, None] * fields
+        features = self.family.features(flow)
+        fields = self.operator(features)
+        t = jnp.asarray(self.family.t / self.family.duration)[None, :, None, None]
+        if self.start:
+            early = jnp.concatenate([features[:3], t * features[:3]])[: len(fields)]
+            waves = jnp.asarray(_lowest(self.family.n, len(fields) - len(early)))[:, None]
+            waves = jnp.broadcast_to(waves, (len(waves), *self.family.grid))
+            fields = fields + jnp.concatenate([early, waves])
+        return t * (fields - jnp.mean(fields, axis=(2, 3), keepdims=True))
+
+
+def _lowest(n: int, count: int) -> Float[np.ndarray, "count n n"]:
+    """Cosines and sines of lowest frequency on n x n points, without the constant."""
+    most = math.ceil(math.sqrt(count)) + 1
+    pairs = [(k, m) for k in range(-most, most + 1) for m in range(most + 1) if m > 0 or k > 0]
+    pairs.sort(key=lambda pair: (pair[0] ** 2 + pair[1] ** 2, pair))
+    k = np.array(pairs[: -(-count // 2)], int).reshape(-1, 2)
+    x = 2 * np.pi * np.arange(n) / n
+    angle = k[:, 0, None, None] * x[None, :, None] + k[:, 1, None, None] * x[None, None]
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1).reshape(-1, n, n)[:count]

@@ -1,5 +1,6 @@
 """A small Fourier neural operator, and differences on regular grids."""
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ class FourierOperator(eqx.Module):
       each axis. `layers`: how many. `hidden`: functions that the outputs are made of, at every
       point (twice the width by default): no more outputs than that are independent.
     - `padding`: points of zeros added at the end of each axis, for fields that are not periodic.
+    - `gain`: factor of the last matrix before training: small where outputs are added to something
+      that they should not hide.
 
     Source: Li et al., *Fourier neural operator for parametric partial differential equations* (ICLR
     2021).
@@ -79,6 +82,7 @@ class FourierOperator(eqx.Module):
         layers: int,
         hidden: int | None = None,
         padding: Sequence[int] | None = None,
+        gain: float = 1.0,
         key: PRNGKeyArray,
     ):
         first, one, two, *rest = jax.random.split(key, 3 + layers)
@@ -87,7 +91,7 @@ class FourierOperator(eqx.Module):
         wide = 2 * width if hidden is None else hidden
         self.project = (
             jax.random.normal(one, (wide, width)) / math.sqrt(width),
-            jax.random.normal(two, (outputs, wide)) / math.sqrt(wide),
+            jax.random.normal(two, (outputs, wide)) * (gain / math.sqrt(wide)),
         )
         self.padding = tuple(padding or [0] * len(tuple(modes)))
 
@@ -101,6 +105,26 @@ class FourierOperator(eqx.Module):
         v = v[(slice(None), *[slice(n) for n in grid])]
         v = jax.nn.gelu(jnp.einsum("oi,i...->o...", self.project[0], v))
         return jnp.einsum("oi,i...->o...", self.project[1], v)
+
+
+def legendre_products(count: int, *axes: Array | np.ndarray) -> Float[np.ndarray, "count *grid"]:
+    """Products of Legendre polynomials, one factor for each axis (points from 0 to 1), of lowest
+    degrees: 4, 9, 16, ... of two axes have all pairs of degrees below 2, 3, 4, ...
+
+    >>> legendre_products(4, np.linspace(0, 1, 5), np.zeros(1))[:, 4, 0].round(1).tolist()
+    [1.0, -1.0, 1.0, -1.0]
+    """
+    degrees = range(math.ceil(count ** (1 / len(axes)) - 1e-9))
+    order = sorted(itertools.product(degrees, repeat=len(axes)), key=lambda d: (max(d), sum(d), d))
+    one = [
+        np.polynomial.legendre.legvander(2 * np.asarray(x) - 1, len(degrees) - 1).T for x in axes
+    ]
+    return np.stack(
+        [
+            functools.reduce(np.multiply.outer, [P[k] for P, k in zip(one, chosen, strict=True)])
+            for chosen in order[:count]
+        ]
+    )
 
 
 def difference_matrix(n: int, spacing: float, derivative: int = 1, points: int = 5) -> np.ndarray:
