@@ -105,6 +105,12 @@ class Shapes(Fixed):
         return *packing(arrays, SMALL), static
 
 
+@functools.lru_cache
+def _known(shapes: Shapes) -> Shapes:
+    """The same as in earlier runs: what is the same object need not be compared at every step."""
+    return shapes
+
+
 def _with_table(run: Run) -> Run:
     return eqx.tree_at(lambda r: r.history, run, Table.of(run.history))
 
@@ -127,13 +133,13 @@ class Steps:
         outline = problem.outline()
         self._parts, parts = split((outline, solver, limits))
         arrays, rest = split(run)
-        query = eqx.filter_eval_shape(_loop.ask, solver, run, limits)
+        shapes = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
+        query, answer = _outlined(parts, _outlines(self._parts), rest, _outlines(arrays))
         # Bound once: that takes longer than a step of some solvers.
         self._observe = _observer(problem, query)
-        nothing, observed = split(eqx.filter_eval_shape(_observer(outline, query), query))
+        nothing, observed = split(answer)
         unasked, asked = split(query)
-        shapes = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
-        self._shapes = Shapes(parts, rest, shapes, asked, observed)
+        self._shapes = _known(Shapes(parts, rest, shapes, asked, observed))
         self._run: Run | None = run
         self._packed = _packed(self._shapes, arrays)
         self._query = [_zeros(array) for array in unasked]
@@ -167,7 +173,7 @@ class Steps:
             raise RaisedError from error
         arrays, static = split(observed)
         if static != self._shapes.observed:
-            self._shapes = Shapes(*self._shapes.content[:-1], static)
+            self._shapes = _known(Shapes(*self._shapes.content[:-1], static))
         self._tell(arrays)
         if self._callback is not None:
             evaluation = _read_compiled(self._problem.outline(), query, observed)
@@ -179,6 +185,25 @@ class Steps:
         going, self.number, self._units = np.asarray(counts).tolist()
         self.going = bool(going)
         self._run = None
+
+
+def _outlines(arrays: list) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes and types, also whether a type gives way to others."""
+    weak = lambda array: getattr(array, "weak_type", False)  # noqa: E731
+    return tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=weak(a)) for a in arrays)
+
+
+@functools.lru_cache
+def _outlined(
+    parts: Static,
+    given: tuple[jax.ShapeDtypeStruct, ...],
+    run: Static,
+    arrays: tuple[jax.ShapeDtypeStruct, ...],
+) -> tuple[Query, Any]:
+    """The shapes of a question and of what Python code answers."""
+    problem, solver, limits = parts.join(given)
+    query = eqx.filter_eval_shape(_loop.ask, solver, run.join(arrays), limits)
+    return query, eqx.filter_eval_shape(_observer(problem, query), query)
 
 
 def _plain(query: Query) -> bool:

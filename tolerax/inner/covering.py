@@ -133,10 +133,15 @@ def _nearest(
 
     def block(near: Array, rows: tuple[Array, Array]) -> tuple[Array, None]:
         some, counts = rows
-        # Differences, not products: near points must not lose their digits.
-        squares = jnp.sum((points[:, None] - some[None]) ** 2, axis=2)
-        squares = jnp.where(counts[None], squares, jnp.inf)
-        return jnp.minimum(near, jnp.min(squares, axis=1)), None
+
+        def nearer(near: Array) -> Array:
+            # Differences, not products: near points must not lose their digits.
+            squares = jnp.sum((points[:, None] - some[None]) ** 2, axis=2)
+            squares = jnp.where(counts[None], squares, jnp.inf)
+            return jnp.minimum(near, jnp.min(squares, axis=1))
+
+        # Most of a long memory is empty at first.
+        return jax.lax.cond(jnp.any(counts), nearer, lambda near: near, near), None
 
     blocks = (seen.reshape(-1, BLOCK, seen.shape[1]), mask.reshape(-1, BLOCK))
     near, _ = jax.lax.scan(block, jnp.full(points.shape[0], jnp.inf, points.dtype), blocks)

@@ -346,7 +346,7 @@ class Objective(Problem):
         if query.derivatives:
             _check_derivatives(self, query.derivatives)
         one = query.mask is None
-        if not is_concrete(query):
+        if not is_concrete((query.x, query.mask)):
             # Only the shapes are wanted.
             x = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), query.x)
             count = 1 if query.mask is None else query.mask.shape[0]

@@ -3,6 +3,7 @@
 Everything here is NumPy and can be sent to another process.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -57,12 +58,13 @@ class Row(NamedTuple):
 
 def points_of(query: Query) -> tuple[list[PyTree], list[bool]]:
     """The points of a question as NumPy arrays, and which of them are asked for."""
-    x = jax.tree.map(np.asarray, query.x)
+    leaves, structure = jax.tree.flatten(query.x)
+    leaves = [np.asarray(leaf) for leaf in leaves]
     if query.mask is None:
-        return [x], [True]
+        return [structure.unflatten(leaves)], [True]
     mask = np.asarray(query.mask).tolist()
-    pick = lambda i: jax.tree.map(lambda leaf: np.asarray(leaf[i]), x)  # noqa: E731
-    return [pick(i) for i in range(len(mask))], mask
+    rows = zip(*leaves, strict=True)
+    return [structure.unflatten([np.asarray(part) for part in row]) for row in rows], mask
 
 
 def failed(x: PyTree, derivatives: int, calls: int = 1) -> Row:
@@ -230,6 +232,7 @@ def number(value: Any, dtype: Any) -> tuple[float, float]:
     return result, error
 
 
+@functools.lru_cache
 def rounding(value_dtype: Any, x_dtype: Any) -> float:
     """The relative precision of values whose type is coarser than that of x, else 0."""
     if not jnp.issubdtype(value_dtype, jnp.floating):

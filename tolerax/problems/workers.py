@@ -266,6 +266,12 @@ class Workers:
             most = getattr(executor, "_max_workers", None) or len(points)
             limit = min(in_flight or most, most) if isolates else in_flight or most
             alone = isolates or limit == 1
+            if isinstance(executor, _ThisProcess):
+                # Whose answers are there at once.
+                i = todo.popleft()
+                answer = executor.submit(task, fun, points[i], wanted, self.deadline, home)
+                yield i, self._read(answer, alone)
+                continue
             # Futures of an executor that was given up must not be heard, hence a queue for each.
             done: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
             under_way: dict[int, Future] = {}
