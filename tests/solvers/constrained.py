@@ -60,6 +60,15 @@ CASES = {
         -ROOT,
         (0.0, ROOT),
     ),
+    # The constraint has no slope at the start.
+    "316": Case(
+        lambda x: (x[0] - 20) ** 2 + (x[1] + 20) ** 2,
+        lambda x: [(x[0] ** 2 + x[1] ** 2) / 100 - 1],
+        (0.0, 0.0),
+        equal(1),
+        2 * (20 - 50**0.5) ** 2,
+        (50**0.5, -(50**0.5)),
+    ),
     "28": Case(
         lambda x: (x[0] + x[1]) ** 2 + (x[1] + x[2]) ** 2,
         lambda x: [x[0] + 2 * x[1] + 3 * x[2] - 1],

@@ -73,10 +73,10 @@ def plan(
     image = None if system.preconditioner is None else jax.tree.map(jnp.negative, told.z)
 
     def attempt(carry: tuple) -> tuple:
-        _, weight, tries, spent, _, _, _ = carry
-        caution = state.caution + jnp.maximum(tries - 1, 0)
+        _, weight, tries, spent, _, _, _, wrong = carry
+        caution = state.caution + jnp.maximum(wrong - 1, 0)
         shift = jnp.where(caution > 0, floor * jnp.asarray(10, dtype) ** caution, 0)
-        expected = jnp.where(tries == 0, working, rows.equal)
+        expected = jnp.where(wrong == 0, working, rows.equal)
         prepared = linear.prepare(system, expected, floor, shift)
         step = quadratic_step(
             linear,
@@ -88,22 +88,26 @@ def plan(
             jnp.full_like(y, weight),
             working,
             only_equalities=system.preconditioner is not None,
-            relative=relative * jnp.asarray(0.01, dtype) ** tries,
+            relative=relative * jnp.asarray(0.01, dtype) ** wrong,
             image=image,
         )
         small = jnp.linalg.norm(step.e) <= largest
         eta, descent, falls = _penalties(state, system, told, step)
         good = step.good & small & (falls | ~fresh)
-        weight = jnp.where(small, weight, 100 * jnp.maximum(weight, 1e-8))
-        return step, weight, tries + 1, spent + step.spent, good, eta, descent
+        # Where constraints have lost their slope no multiplier meets them: with a weight near
+        # 1 / eta_1 the step is Newton's on the augmented Lagrangian, which descends.
+        weight = jnp.where(small & (wrong < 1), weight, 100 * jnp.maximum(weight, 1e-8))
+        wrong = wrong + small
+        return step, weight, tries + 1, spent + step.spent, good, eta, descent, wrong
 
     nothing = jax.eval_shape(
-        attempt, (None, gentle, jnp.array(0), Work(), jnp.array(False), state.eta, merit)
+        attempt,
+        (None, gentle, jnp.array(0), Work(), jnp.array(False), state.eta, merit, jnp.array(0)),
     )[0]
     blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing)
-    begin = (blank, gentle, jnp.array(0), Work(), jnp.array(False), state.eta, merit)
-    going = lambda carry: ~carry[4] & (carry[2] < 5)  # noqa: E731
-    step, _, _, spent, _, eta, descent = jax.lax.while_loop(going, attempt, begin)
+    begin = (blank, gentle, jnp.array(0), Work(), jnp.array(False), state.eta, merit, jnp.array(0))
+    going = lambda carry: ~carry[4] & (carry[2] < 8) & (carry[7] < 5)  # noqa: E731
+    step, _, _, spent, _, eta, descent, _ = jax.lax.while_loop(going, attempt, begin)
     descent = jnp.where(jnp.isfinite(descent), descent, -jnp.inf)
 
     step = dataclasses.replace(step, d=_within_bounds(state, told, step))
