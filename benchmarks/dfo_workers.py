@@ -14,7 +14,7 @@ from benchmarks.frame import Bar, Group, Measured, Settings
 def simulator(x: np.ndarray) -> float:
     """Takes longer at some points than at others, and has no value in a corner."""
     time.sleep(0.002 * float(np.abs(np.sin(1e3 * x[0]))))
-    if x[0] + x[1] > 2.5:
+    if x[0] + x[1] > 0.8:
         raise ArithmeticError("no convergence")
     return float(np.sum(np.ceil(4 * np.abs(x - 0.3)) + (x - 0.3) ** 2))
 
