@@ -50,8 +50,9 @@ ROUTERS: dict[str, Callable[[], Any]] = {
 
 
 @functools.cache
-def trained(kind: str, seed: int, count: int) -> dict[str, Any]:
-    """The test error of one kind of layer, and what its training took."""
+def trained(kind: str, seed: int, count: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The test error of one kind of layer, and what its training took; tells now and then how it
+    goes."""
     family, train, test, reference = data(seed)
     outputs = 128 if kind == "single, 128 functions" else BASIS
     network = SorptionBasis(family, outputs, key=jax.random.key(seed + 10_000))
@@ -59,6 +60,15 @@ def trained(kind: str, seed: int, count: int) -> dict[str, Any]:
     layer = HardConstrained(network, family.equation, ROUTERS[kind](), faces=faces)
     forcing = tolerax.Forcing.fixed(1e-8) if kind.endswith("1e-8") else tolerax.Forcing()
     began = time.perf_counter()
+
+    def said(state: Any) -> None:
+        step = int(state.step)
+        if step % 20 == 0 or step == 1:
+            now = (
+                f"tolerance {state.tolerance[step - 1]:.1e}, evaluations {state.evaluations.sum()}"
+            )
+            tell(f"      {kind}, step {step}, {time.perf_counter() - began:.0f} s, {now}")
+
     done = tolerax.train(
         layer,
         train,
@@ -67,6 +77,7 @@ def trained(kind: str, seed: int, count: int) -> dict[str, Any]:
         batch=BATCH,
         key=jax.random.key(seed + 20_000),
         forcing=forcing,
+        callback=said,
     )
     seconds = time.perf_counter() - began
     field = eqx.filter_jit(lambda layer, soils: layer(soils))(done.layer, test)
@@ -168,7 +179,7 @@ def measure(settings: Settings) -> dict[str, Measured]:
             settings.tell(f"   seed {seed}, projected afterwards: {found['projected afterwards']}")
             kinds += ["single, 128 functions", "random experts"]
         for kind in kinds:
-            found[kind] = trained(kind, seed, count)
+            found[kind] = trained(kind, seed, count, settings.tell)
             settings.tell(f"   seed {seed}, {kind}: {found[kind]}")
         peers = interpolated(seed)
         best = min(peers, key=lambda name: peers[name])
@@ -193,7 +204,8 @@ def measure_inexact(settings: Settings) -> dict[str, Measured]:
     # Two trainings with tied experts, of which one solves to 1e-8 all the time.
     count, ratios, rows = 40 if settings.quick else steps(settings), [], {}
     for seed in settings.seeds:
-        ours, fixed = (trained(kind, seed, count) for kind in ("experts", "experts, 1e-8"))
+        kinds = ("experts", "experts, 1e-8")
+        ours, fixed = (trained(kind, seed, count, settings.tell) for kind in kinds)
         fine = ours["error"] <= 1.05 * fixed["error"]
         ratios.append(ours["evaluations"] / fixed["evaluations"] if fine else np.inf)
         rows[f"seed {seed}"] = {"adaptive": ours, "fixed": fixed}
