@@ -127,7 +127,8 @@ def hyper_cleaning(
     other nine. Splits as in [`tolerax.problems.library.digits_penalties`][]; `seed` draws split
     and flips. Data hyper-cleaning is from Franceschi et al. (*Forward and reverse gradient-based
     hyperparameter optimization*, ICML 2017). `options` are passed on to
-    [`tolerax.problems.Bilevel`][]. Every constant is proved.
+    [`tolerax.problems.Bilevel`][]. Every constant is proved. A preconditioner of rank 32 is learned
+    (`recycle`).
 
     >>> p = hyper_cleaning(seed=0, flipped=0.4)
     >>> p.x0.shape, int(p.flipped.sum())
@@ -137,6 +138,8 @@ def hyper_cleaning(
     """
     flipped = check_real("flipped", flipped, 0.0, 1.0)
     ridge = check_real("ridge", ridge, float(jnp.finfo(dtype).eps))
+    recycle = 0 if "preconditioner" in options else 32
+    options = {"recycle": recycle} | options
     data = digits_split(seed, dtype=dtype)
     n = data.train.features.shape[0]
     rng = generator(seed, "flips")
