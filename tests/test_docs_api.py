@@ -1,7 +1,7 @@
 """The reference names every public object once, and every one of them says what it does."""
 
+import functools
 import inspect
-import pydoc
 import re
 import types
 from pathlib import Path
@@ -38,7 +38,9 @@ def public(package: types.ModuleType) -> dict[str, object]:
 PUBLIC = {name: value for package in PACKAGES for name, value in public(package).items()}
 REFERENCE = "\n".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
 DOCUMENTED = {
-    name: pydoc.locate(name)
+    name: functools.reduce(
+        lambda owner, part: getattr(owner, part, None), name.split(".")[1:], tolerax
+    )
     for name in re.findall(r"^\.\. auto(?:class|function|exception):: (\S+)", REFERENCE, re.M)
 }
 EVERY = DOCUMENTED | PUBLIC

@@ -147,7 +147,7 @@ def test_values_coarser_than_x_have_a_rounding_error():
         (lambda x: 1j, "complex"),
         (lambda x: x, r"shape \(2,\)"),
         (lambda x: "1.0", "'1.0'.*a number"),
-        (lambda x: np.timedelta64(1), "number"),
+        (lambda x: np.timedelta64(1, "s"), "number"),
     ],
 )
 def test_wrong_answers_of_python_code(answer, message):
