@@ -98,6 +98,24 @@ def many(size: Size, steps: int, dtype: Any) -> Callable[[], int]:
     return lambda: int(jnp.sum(jax.block_until_ready(runs(keys)).work.values))
 
 
+def objective_alone(size: Size, steps: int, dtype: Any, runs: int) -> Callable[[], int]:
+    """As many evaluations of the objective, compiled, and nothing else."""
+    fun = Moved(rastrigin, jnp.ones(size.d, dtype))
+    x = start(jax.random.key(0), runs * size.particles, size.d).astype(dtype)
+
+    @jax.jit
+    def run(x: jax.Array) -> jax.Array:
+        # What is added keeps the compiler from evaluating once for all steps.
+        add = lambda k, total: total + jnp.sum(jax.vmap(fun)(x + 1e-6 * total))  # noqa: E731
+        return jax.lax.fori_loop(0, steps, add, jnp.zeros((), dtype))
+
+    def evaluated() -> int:
+        run(x).block_until_ready()
+        return steps * len(x)
+
+    return evaluated
+
+
 def published(size: Size, steps: int, runs: int) -> Callable[[], int]:
     """The same runs by cbx, whose arrays are float64."""
     fun = Moved(rastrigin, np.ones(size.d))
@@ -133,13 +151,19 @@ def compared(size: Size, settings: Settings, runs: int = 1) -> dict[str, Any]:
         "float64": make(size, steps, jnp.float64),
         "float32": make(size, steps, jnp.float32),
         "cbx": published(size, steps, runs),
+        "objective, float64": objective_alone(size, steps, jnp.float64, runs),
+        "objective, float32": objective_alone(size, steps, jnp.float32, runs),
     }
     repeats = 3 if settings.quick else 7
     seconds = least_seconds(contenders, repeats, runs * steps * size.particles)
     faster = {name: seconds["cbx"] / seconds[name] for name in ("float64", "float32")}
     settings.tell(
         f"   {size.name}, runs {runs}: cbx {seconds['cbx']:.3f} s, "
-        + ", ".join(f"{n} {seconds[n]:.3f} s ({by:.2f} x)" for n, by in faster.items())
+        + ", ".join(
+            f"{n} {seconds[n]:.3f} s ({by:.2f} x; the objective alone "
+            f"{seconds[f'objective, {n}']:.3f} s)"
+            for n, by in faster.items()
+        )
     )
     return {"seconds": seconds, "faster": faster, "steps": steps}
 

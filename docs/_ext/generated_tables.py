@@ -59,7 +59,8 @@ class PointStatusTable(Generated):
 
 
 class Figures(Generated):
-    """The figures of a benchmark, `{figures} NAME`, from what its last saved run wrote."""
+    """The figures of a benchmark, `{figures} NAME`, from what its last saved run wrote; those that
+    it lacks from that of a run with `--quick`."""
 
     def lines(self) -> list[str]:
         name = self.arguments[0]
@@ -68,23 +69,30 @@ class Figures(Generated):
         if not path.exists():
             return [f"*No saved run yet: `python -m benchmarks {name} --save` makes one.*"]
         result = json.loads(path.read_text())
+        short = path.with_name(f"{name}-quick.json")
+        self.env.note_dependency(str(short))
+        quick = json.loads(short.read_text()) if short.exists() else {"figures": {}, "details": {}}
         groups = importlib.import_module(f"benchmarks.{name}").GROUPS
         rows = []
         for bar in (bar for group in groups for bar in group.bars):
             value = result["figures"].get(bar.name)
-            samples = result["details"].get(bar.name, {}).get("samples", [])
+            source, mark = (result, "") if value is not None else (quick, " (quick)")
+            value = source["figures"].get(bar.name)
+            samples = source["details"].get(bar.name, {}).get("samples", [])
             spread = f"{min(samples):.3g} … {max(samples):.3g}" if len(samples) > 1 else ""
             shown = "not measured" if value is None else f"{value:.3g}"
             verdict = f"**{shown}**" if bar.met(value) else f"{shown} (missed)"
+            verdict += mark if value is not None else ""
             goal = f"{'≤' if bar.sense == '<=' else '≥'} {bar.limit:g}"
             rows.append((f"`{bar.name}`", verdict, goal, spread, bar.meaning))
         versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
         seeds = ", ".join(map(str, result["seeds"]))
-        return [
-            *table(("figure", "measured", "bar", "range over seeds", "what it is"), rows),
-            "",
-            f"Median over seeds {seeds}; {versions}.",
-        ]
+        said = f"Median over seeds {seeds}; {versions}."
+        if any("(quick)" in row[1] for row in rows):
+            few = ", ".join(map(str, quick["seeds"]))
+            said += f" Where it says quick: of a run with `--quick`, seeds {few}."
+        titles = ("figure", "measured", "bar", "range over seeds", "what it is")
+        return [*table(titles, rows), "", said]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
