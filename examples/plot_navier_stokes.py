@@ -68,8 +68,8 @@ for name, w in list(fields.items())[1:]:
     )
 
 # %%
-# Frames of one flow, and the error of each layer below it on a scale of its own. One layer errs less
-# here: the errors of the experts gather where the quarters meet.
+# Frames of one flow, and the error of each layer below it on a scale of its own. One layer errs
+# less here: the errors of the experts gather where the quarters meet.
 
 shown = np.linspace(0, family.times - 1, 5).round().astype(int)
 rows = [(name, w[0], "RdBu_r") for name, w in fields.items()]
