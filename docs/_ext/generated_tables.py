@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ class Figures(Generated):
             source, mark = (result, "") if value is not None else (quick, " (quick)")
             value = source["figures"].get(bar.name)
             samples = source["details"].get(bar.name, {}).get("samples", [])
+            # What never arrived.
+            samples = [math.inf if sample is None else sample for sample in samples]
             spread = f"{min(samples):.3g} … {max(samples):.3g}" if len(samples) > 1 else ""
             shown = "not measured" if value is None else f"{value:.3g}"
             verdict = f"**{shown}**" if bar.met(value) else f"{shown} (missed)"
