@@ -83,9 +83,10 @@ class Figures(Generated):
             # What never arrived.
             samples = [math.inf if sample is None else sample for sample in samples]
             spread = f"{min(samples):.3g} … {max(samples):.3g}" if len(samples) > 1 else ""
-            shown = "not measured" if value is None else f"{value:.3g}"
-            verdict = f"**{shown}**" if bar.met(value) else f"{shown} (missed)"
-            verdict += mark if value is not None else ""
+            verdict = "not measured"
+            if value is not None:
+                verdict = f"**{value:.3g}**" if bar.met(value) else f"{value:.3g} (missed)"
+                verdict += mark
             goal = f"{'≤' if bar.sense == '<=' else '≥'} {bar.limit:g}"
             rows.append((f"`{bar.name}`", verdict, goal, spread, bar.meaning))
         versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
