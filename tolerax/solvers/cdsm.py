@@ -28,7 +28,7 @@ from tolerax.solvers._population import batch_query, check_positive, energies, f
 from tolerax.status import Status
 
 STAR, SEARCH, POLL = range(3)
-# Where some points fail, what a poll without success leaves of its radius.
+# Where points have no value, what a poll without success leaves of its radius.
 SHRUNK = 0.7
 
 
@@ -61,6 +61,7 @@ class CDSMState(eqx.Module):
     purpose: Int[Array, ""]
     before: Float[Array, ""]
     failures: Bool[Array, ""]
+    missing: Bool[Array, ""]
     resolution: Float[Array, ""]
     failed_polls: Int[Array, ""]
     iteration: Int[Array, ""]
@@ -86,10 +87,10 @@ class CDSM(Solver):
     `center +- covering` that is farthest from everything evaluated, and 2n points on a random
     orthogonal basis and its negative, at the distance of the poll radius (on the axes, where a
     bound is that near). The poll radius doubles when that gave a sufficient decrease, in
-    proportion to its square, and is halved otherwise; where points had no value or were infeasible
-    it shrinks by 0.7, so that it stays up while one poll in three succeeds. The run ends when a
-    poll failed at the radius `tol`: `Status.converged_estimated`, or `Status.stalled` where a point
-    of it had no value or was infeasible, for then few directions say little.
+    proportion to its square, and is halved otherwise; where points of the poll had no value it
+    shrinks by 0.7, so that it stays up while more than one poll in three succeeds. The run ends
+    when a poll failed at the radius `tol`: `Status.converged_estimated`, or `Status.stalled` where
+    a point of it had no value or was infeasible, for then few directions say little.
 
     What is proved of this kind of method (in the source) is asymptotic: as the poll radius falls to
     0 the points become dense around its limit, so that the limit is a local minimizer even of a
@@ -184,6 +185,7 @@ class CDSM(Solver):
             purpose=jnp.array(STAR),
             before=inf,
             failures=jnp.array(False),
+            missing=jnp.array(False),
             resolution=inf,
             failed_polls=zero,
             iteration=zero,
@@ -231,6 +233,7 @@ class CDSM(Solver):
             count=state.count + told,
             position=state.position + told,
             failures=state.failures | jnp.any(query.mask & (~finite | (violation > 0))),
+            missing=state.missing | jnp.any(query.mask & ~finite),
             feasible=_best_feasible(state.feasible, points, value, violation),
             infeasible=_next_infeasible(state.infeasible, points, value, violation),
         )
@@ -321,6 +324,7 @@ class CDSM(Solver):
             purpose=jnp.asarray(purpose, state.purpose.dtype),
             before=self._standing(state),
             failures=jnp.array(False),
+            missing=jnp.array(False),
         )
 
     def _search(self, state: CDSMState) -> CDSMState:
@@ -371,11 +375,11 @@ class CDSM(Solver):
         success = self._succeeded(state)
         # A model that has come further says that the poll may too, but not of constraints.
         floor = jnp.where(state.failures, state.radius, state.region.floor)
-        # At the edge of constraints a basis holds a feasible descent direction by chance. With
-        # success doubling the radius and failure times s, it falls for chances below
-        # log s / log(s / 2): 0.34 in place of 0.5 (Gratton, Royer, Vicente, Zhang, SIAM J. Optim.
-        # 25, 2015).
-        shrunk = jnp.where(state.failures, SHRUNK, 0.5) * state.radius
+        # At the edge of a region without values, which no model knows, a basis holds a direction of
+        # descent by chance. With success doubling the radius and failure times s, it falls for
+        # chances below log s / log(s / 2): 0.34 in place of 0.5 (Gratton, Royer, Vicente, Zhang,
+        # SIAM J. Optim. 25, 2015).
+        shrunk = jnp.where(state.missing, SHRUNK, 0.5) * state.radius
         smaller = jnp.minimum(shrunk, jnp.maximum(floor, self.tol))
         last = ~success & (state.radius <= self.tol)
         radius = jnp.where(success, jnp.minimum(2 * state.radius, 1), smaller)

@@ -76,12 +76,6 @@ class Directions(NamedTuple):
         weights = -(self.hp @ s) / self.curvature
         return s + weights @ self.p, r + weights @ self.dual_p
 
-    def conjugate_to(self, step: Array, s: Vector, r: Vector) -> tuple[Vector, Vector]:
-        """The same for one of them: with exact products it is conjugate to the others already."""
-        p, dual_p, hp, curvature = (kept[step % KEPT] for kept in self)
-        weight = -jnp.dot(hp, s) / curvature
-        return s + weight * p, r + weight * dual_p
-
 
 class InexactNewton(IntervalSearch):
     """Newton's method with truncated conjugate gradients, for inexact values, gradients and Hessian
@@ -257,7 +251,7 @@ class InexactNewton(IntervalSearch):
             return left & ~negative & (step < self.max_products)
 
         def body(loop: tuple) -> tuple:
-            d, dual_d, r, p, dual_p, rs, step, _, work, kept, losses, exact = loop
+            d, dual_d, r, p, dual_p, rs, step, _, work, kept, losses = loop
             share = jnp.asarray(self.hessian_share, rs.dtype)
             if self.adaptive:
                 # What is left of the residual weighs the error of a product: it may grow.
@@ -279,14 +273,7 @@ class InexactNewton(IntervalSearch):
             s = inner(r)
             rs_new = jnp.dot(r, s)
             kept = kept.add(step, p, dual_p, hp, jnp.where(negative, 1, curvature))
-            # What is left of the solves within, against rounding: passing over all that is kept
-            # takes longer than a product that is cheap.
-            exact = exact & (times.error * jnp.sqrt(pp) <= eps ** (2 / 3) * curvature)
-            p, dual_p = jax.lax.cond(
-                exact,
-                lambda: kept.conjugate_to(step, s, r),
-                lambda: kept.conjugate(s, r),
-            )
+            p, dual_p = kept.conjugate(s, r)
             # r is orthogonal to the directions so far, up to errors of products: where these are
             # not small, begin again from here with products that are ten times as accurate.
             lost = jnp.abs(jnp.dot(p, r) - rs_new) > LOST * rs_new
@@ -304,7 +291,6 @@ class InexactNewton(IntervalSearch):
                 work + times.work,
                 kept,
                 losses + lost,
-                exact,
             )
 
         start = (
@@ -319,7 +305,6 @@ class InexactNewton(IntervalSearch):
             no_work,
             Directions.none(z),
             jnp.array(0, jnp.int32),
-            jnp.array(True),
         )
         d, _, _, _, _, rs, steps, negative, work, *_ = jax.lax.while_loop(unfinished, body, start)
         return Truncated(d, jnp.sqrt(jnp.maximum(rs, 0)), negative, steps, work)
