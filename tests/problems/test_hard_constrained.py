@@ -16,6 +16,7 @@ G, N = 24, 4
 X = np.linspace(0.0, 1.0, G)
 SLOPE = np.gradient(np.eye(G), X[1], axis=0, edge_order=2)
 BOXES = Boxes((G,), (3,))
+BLENDED = Boxes((G,), (3,), overlap=2)
 RATES = jnp.array([1.0, 2.0])
 
 
@@ -55,6 +56,7 @@ LAYERS = {
     "alone": HardConstrained(NETWORK, EQUATION, BOXES, **NUMBERS),
     "tied": HardConstrained(NETWORK, EQUATION, BOXES, faces=5.0, **NUMBERS),
     "held": HardConstrained(NETWORK, HELD, BOXES, **NUMBERS),
+    "joint": HardConstrained(NETWORK, EQUATION, BLENDED, joint=True, **NUMBERS),
 }
 LINEAR, BENT = ((RATES, jnp.full(2, bend)) for bend in (0.0, 1.0))
 
@@ -127,6 +129,40 @@ def test_tied_experts_are_dense_least_squares_with_rows_for_the_jumps():
     exact = np.concatenate([1 + basis[own] @ w[k] for k, own in enumerate(BOXES.members())])
     np.testing.assert_allclose(field.u[1], exact, atol=1e-9)
     assert np.all(field.jump < 0.2 * alone.jump)
+
+
+def test_joint_experts_are_dense_least_squares_on_the_field_that_they_make():
+    _, (_, field) = run("joint", LINEAR)
+    basis = np.asarray(NETWORK((RATES[1], 0.0)))
+    blended = (BLENDED.weights[:, None] * basis[None]).reshape(3 * N, G).T
+    matrix = SLOPE @ blended + float(RATES[1]) * blended
+    right = -(float(RATES[1]) + 0.3) * np.ones(G)
+    w = best(matrix / np.sqrt(G), right / np.sqrt(G))
+    np.testing.assert_allclose(field.u[1], 1 + blended @ w, atol=1e-9)
+    np.testing.assert_allclose(field.coefficients[1].ravel() @ blended.T + 1, field.u[1])
+    # No other field in the span has a smaller residual, and what is reported is its own.
+    np.testing.assert_allclose(field.residual[1], matrix @ w - right, atol=1e-9)
+
+
+def test_joint_experts_solve_what_is_not_local_and_keep_balances():
+    exact = np.exp(-4 * X)
+    mean = Equation(  # u' = the mean of u and something known, u(0) = 1
+        lambda u: jnp.stack([jnp.asarray(SLOPE) @ u, jnp.broadcast_to(jnp.mean(u), u.shape)]),
+        lambda z, known: z[0] - z[1] - known,
+        data=lambda _: jnp.asarray(SLOPE @ exact - exact.mean()),
+        lift=lambda _: jnp.ones(G),
+        balance=lambda z, _: z[1, :1] - exact.mean(),
+    )
+    powers = lambda _: jnp.stack([jnp.asarray(X), jnp.asarray(X) ** 2])  # noqa: E731
+    error = {}
+    for joint in (True, False):
+        layer = HardConstrained(powers, mean, BLENDED, joint=joint)
+        field = eqx.filter_jit(layer)(RATES)
+        error[joint] = np.abs(field.u[0] - exact).max()
+        if joint:
+            assert abs(field.u[0].mean() - exact.mean()) < 1e-12
+    # An expert alone takes the mean of its own parabola, beyond its region too.
+    assert error[True] < 0.1 * error[False]
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -217,6 +253,8 @@ def test_bad_input_is_named():
         layer(short)
     with pytest.raises(ValueError, match="no faces to tie"):
         layer(router=random, faces=1.0)
+    with pytest.raises(ValueError, match="joint experts are tied"):
+        layer(joint=True, faces=1.0)
     with pytest.raises(ValueError, match="boxes would be empty"):
         Boxes((3,), (4,))
     with pytest.raises(ValueError, match=r"experts \[1\] have no points"):

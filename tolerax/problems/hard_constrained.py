@@ -91,7 +91,16 @@ class HardConstrained(eqx.Module):
     is differentiable in the network and the inputs, by the implicit function theorem
     ([`batched_least_squares`][]). It is an Equinox module: train `layer.network`.
 
-    - `points`: how many collocation points each expert draws from its own, all by default.
+    - `joint`: solve for all experts of a sample together, with the residual of the field itself:
+
+          min over all w_k of  mean_i residual(u, x_i)^2 / 2 + ridge sum_k |w_k|^2 / 2
+
+      Channels are those of u, so that what is not local (a velocity that depends on the vorticity
+      everywhere) comes from the whole field, and boxes that overlap need no ties. The functions
+      `weight_k b_j` are differentiated with their weights: give these room to change, by an overlap
+      of as many points as differences take. The work grows with the square of all coefficients.
+    - `points`: how many collocation points each expert draws from its own, all by default. Joint
+      experts draw as many in all, from the whole grid.
     - `faces`: the weight of jumps between neighbouring experts, squared and averaged over each face
       like residuals. All experts of a sample are then solved for together. With `None`, and
       without a `balance`, each expert is solved for alone.
@@ -130,6 +139,7 @@ class HardConstrained(eqx.Module):
     own: tuple[np.ndarray, np.ndarray]
     shared: tuple[np.ndarray, np.ndarray]
     sides: tuple[np.ndarray, np.ndarray]
+    joint: bool = eqx.field(static=True)
     counts: tuple[int, ...] = eqx.field(static=True)
     points: int | None = eqx.field(static=True)
     hessian: Hessian = eqx.field(static=True)
@@ -140,6 +150,7 @@ class HardConstrained(eqx.Module):
         equation: Equation,
         router: Router,
         *,
+        joint: bool = False,
         points: int | None = None,
         faces: ArrayLike | None = None,
         ridge: ArrayLike = 1e-8,
@@ -155,6 +166,11 @@ class HardConstrained(eqx.Module):
                 f"faces is {faces}, and {type(router).__name__} has no faces to tie: use "
                 "Boxes without overlap, or faces=None."
             )
+        if joint and faces is not None:
+            raise ValueError(
+                f"faces is {faces} and joint is True: joint experts are tied by the equation, "
+                "leave one of the two out."
+            )
         everywhere = equation.everywhere
         if everywhere is not None and np.shape(everywhere) != router.grid:
             raise ValueError(
@@ -164,19 +180,24 @@ class HardConstrained(eqx.Module):
         self.network, self.equation, self.router = network, equation, router
         self.points, self.faces, self.ridge = points, faces, ridge
         self.tolerance, self.adjoint_tolerance = tolerance, adjoint_tolerance
-        self.hessian = hessian
+        self.hessian, self.joint = hessian, joint
         self.solver = solver or BatchedLevenbergMarquardt()
         leave_out = None if everywhere is None else np.asarray(everywhere, bool)
         own = router.members(leave_out)
         shared = np.zeros(0, int) if leave_out is None else np.flatnonzero(leave_out)
-        self.own, self.shared, self.sides = _padded(own), _padded([shared]), _padded(router.faces)
         self.counts = tuple(len(some) for some in own)
+        own = [np.unique(np.concatenate(own))] if joint else own
+        self.own, self.shared, self.sides = _padded(own), _padded([shared]), _padded(router.faces)
+
+    @property
+    def tied(self) -> bool:
+        """Whether jumps at faces are among the rows."""
+        return self.faces is not None and bool(self.router.pairs)
 
     @property
     def together(self) -> bool:
         """Whether the experts of a sample make one lane."""
-        tied = self.faces is not None and bool(self.router.pairs)
-        return tied or self.equation.balance is not None
+        return self.joint or self.tied or self.equation.balance is not None
 
     def cold_start(self, samples: int, inputs: PyTree) -> WarmStart:
         """A warm start of zeros for so many samples like those of `inputs`."""
@@ -206,11 +227,18 @@ class HardConstrained(eqx.Module):
         - `report`: `BackwardReport.blank(samples * lanes)`: see [`batched_least_squares`][].
         """
         experts, grid = self.router.experts, self.router.grid
-        basis = self._checked(jax.vmap(self.network)(inputs), "network")
-        b, n = basis.shape[:2]
-        every = jax.vmap(jax.vmap(self.equation.channels))
-        Phi = every(basis)
-        if Phi.shape[:2] != (b, n) or Phi.ndim < 3 or Phi.shape[3:] != grid:
+        outputs = self._checked(jax.vmap(self.network)(inputs), "network")
+        b, n = outputs.shape[:2]
+        shares = jax.lax.stop_gradient(self.router.weights)
+        shares = jnp.asarray(shares, outputs.dtype)
+        # What each of `groups` solves for, in the span of `basis`.
+        groups, basis = experts, outputs
+        if self.joint:
+            basis = (shares[None, :, None] * outputs[:, None]).reshape(b, experts * n, *grid)
+            groups, shares = 1, jnp.ones((1, *grid), outputs.dtype)
+        shares = shares.reshape(groups, -1)
+        Phi = jax.vmap(jax.vmap(self.equation.channels))(basis)
+        if Phi.shape[:2] != basis.shape[:2] or Phi.ndim < 3 or Phi.shape[3:] != grid:
             raise ValueError(
                 f"channels returned shape {Phi.shape[2:]} for a field of shape {grid}: give "
                 f"(channels, *grid)."
@@ -222,17 +250,18 @@ class HardConstrained(eqx.Module):
             if lift.shape != (b, *grid):
                 raise ValueError(f"lift returned shape {lift.shape[1:]}: give the grid {grid}.")
         z0 = jax.vmap(self.equation.channels)(lift).reshape(b, c, -1)
-        basis, Phi = basis.reshape(b, n, -1), Phi.reshape(b, n, c, -1)
+        outputs = outputs.reshape(b, n, -1)
+        basis, Phi = basis.reshape(*basis.shape[:2], -1), Phi.reshape(*Phi.shape[:3], -1)
         data = None if self.equation.data is None else jax.vmap(self.equation.data)(inputs)
         kinds = _kinds(data)
         data = _cast(data, [basis.dtype] * len(kinds))
         index, weight = self._collocated(key, points, n, basis.dtype)
 
         def per_lane(leaf: Array) -> Array:
-            """Data of the lanes, (b, experts, ...)."""
+            """Data of those who solve, (b, groups, ...)."""
             if leaf.shape[1:] == grid:
                 return leaf.reshape(b, -1)[:, index]
-            return jnp.broadcast_to(leaf[:, None], (b, experts, *leaf.shape[1:]))
+            return jnp.broadcast_to(leaf[:, None], (b, groups, *leaf.shape[1:]))
 
         # Coefficients last: points are then looked up, and their derivatives added, row by row.
         rows_first = jnp.moveaxis(Phi, 1, 3)[:, :, index]
@@ -255,32 +284,31 @@ class HardConstrained(eqx.Module):
             "report": report,
             "radius": warm.radius.ravel(),
         }
-        shares = jax.lax.stop_gradient(self.router.weights.reshape(experts, -1))
-        shares = jnp.asarray(shares, basis.dtype)
         # Jumps are read off, never differentiated, unless they are rows.
         sides, real = self.sides
-        jumps = jnp.swapaxes(basis[..., jnp.asarray(sides)], 1, 2)
+        jumps = jnp.swapaxes(outputs[..., jnp.asarray(sides)], 1, 2)
         jumps = jnp.swapaxes(jumps, 2, 3) * _averaged(real, basis.dtype)[None, :, :, None]
-        if self.together:
+        if self.tied or self.equation.balance is not None:
             pairs = self.router.pairs if self.faces is not None else ()
-            faces = jumps[:, : len(pairs)]
+            faces = jnp.zeros((b, 0, 0, warm.w.shape[2] // groups), basis.dtype)
             if pairs:
-                faces = faces * jnp.asarray(self.faces)
-            fun = Tied(rows, pairs, experts)
+                faces = jumps * jnp.asarray(self.faces)
+            fun = Tied(rows, pairs, groups)
             if self.equation.balance is not None:
                 like = _kinds(inputs)
                 given = _cast(inputs, [basis.dtype] * len(like))
                 whole = (Phi, z0, given, jnp.broadcast_to(shares, (b, *shares.shape)))
-                options["held"] = (_Balance(self.equation.balance, experts, grid, like), whole)
+                options["held"] = (_Balance(self.equation.balance, groups, grid, like), whole)
             found = batched_least_squares(fun, warm.w[:, 0], (lanes, faces), **options)
         else:
             flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), lanes)
-            found = batched_least_squares(rows, warm.w.reshape(-1, n), flat, **options)
-        w = found.w.reshape(b, experts, n)
+            found = batched_least_squares(rows, warm.w.reshape(b * groups, -1), flat, **options)
+        w = found.w.reshape(b, groups, -1)
         u = jnp.einsum("kg,bkg->bg", shares, jnp.einsum("bkn,bng->bkg", w, basis))
         u = u.reshape(b, *grid) + lift
         z = _assembled(shares, w, Phi) + z0
         residual = self._everywhere(z, data, grid, kinds)
+        w = w.reshape(b, experts, n)
         left, right = np.asarray(self.router.pairs, int).reshape(-1, 2).T
         apart = jnp.einsum("bpfn,bpn->bpf", jumps, w[:, left] - w[:, right])
         size = jnp.sqrt(jnp.mean(u.reshape(b, -1) ** 2, axis=1))
@@ -321,14 +349,18 @@ class HardConstrained(eqx.Module):
         """Collocation points of each expert and their weights: of the mean over its rows."""
         (own, real), (shared, _) = self.own, self.shared
         most = self.points if points is None else points
-        drawn = own.shape[1] if most is None else min(most, own.shape[1])
-        total = [min(drawn, count) + shared.shape[1] for count in self.counts]
-        few = [k for k, rows in enumerate(total) if rows < n]
+        rows = [min(count, most or count) + shared.shape[1] for count in self.counts]
+        few = [k for k, count in enumerate(rows) if count < n]
         if few:
             raise ValueError(
-                f"expert {few[0]} has {total[few[0]]} points for {n} coefficients: give it at "
+                f"expert {few[0]} has {rows[few[0]]} points for {n} coefficients: give it at "
                 f"least {n} (more points, fewer experts, or a network with fewer outputs)."
             )
+        counts = self.counts
+        if self.joint:
+            counts, most = (own.shape[1],), None if most is None else most * len(counts)
+        drawn = min(own.shape[1], most or own.shape[1])
+        total = [min(count, drawn) + shared.shape[1] for count in counts]
         own, real = jnp.asarray(own), jnp.asarray(real)
         if drawn < own.shape[1]:
             key = jax.random.key(0) if key is None else key
