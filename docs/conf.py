@@ -13,6 +13,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
 import markdown_docstrings  # noqa: E402, F401  (first: it sets how jaxtyping names its types)
 
 import tolerax  # noqa: E402
+from tests.plain_code import ask_for_plain_code  # noqa: E402
 
 project = "Tolerax"
 author = "The Tolerax developers"
@@ -56,8 +57,10 @@ python_use_unqualified_type_names = True
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
-# Gallery. TOLERAX_EXAMPLE_SIZE=small makes the scripts themselves do less.
+# Gallery. TOLERAX_EXAMPLE_SIZE=small makes the scripts themselves do less, and compile faster.
 os.environ.setdefault("MPLBACKEND", "Agg")
+if os.environ.get("TOLERAX_EXAMPLE_SIZE") == "small":
+    ask_for_plain_code()
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",

@@ -19,7 +19,7 @@ def test_example_runs(script: Path, tmp_path: Path):
         "MPLBACKEND": "Agg",
         "PYTHONPATH": str(ROOT),
         "TOLERAX_EXAMPLE_SIZE": "small",
-        # Compiled as users' code is, not as tests are: see conftest.py.
+        # Compiled as users' code is, not as tests are: see plain_code.py.
         "XLA_FLAGS": "",
     }
     # Run elsewhere, so that a script that reads or leaves files in the checkout is noticed.
