@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 from tolerax.inner.lane_adjoint import LaneSolve
 from tolerax.inner.levenberg_marquardt import LeastSquaresResult
 from tolerax.inner.residuals import Structured
-from tolerax.inner.rows import gram, transposed
+from tolerax.inner.rows import gram, times, transposed
 from tolerax.status import PointStatus
 
 Lane = Float[Array, " k"]
@@ -116,24 +116,37 @@ def solve_held(
     b: Rows,
     ridge: ArrayLike,
     rows_held: int,
-) -> LaneSolve:
+) -> tuple[LaneSolve, Float[Array, "k p"]]:
     """Solve with the KKT matrices at y = (w, multipliers): the Hessian of the Lagrangian, and the
-    derivatives of the equations beside and below it."""
+    derivatives of the equations beside and below it. Residuals are shifted as in
+    [`solve_hessian`][], and multipliers changed to those that make w stationary then: the second
+    answer is that change."""
     ridge = jnp.broadcast_to(jnp.asarray(ridge, y.dtype), y.shape[:1])
 
     def lane(y: Array, data: PyTree, more: PyTree, b: Array, ridge: Array) -> tuple:
         n = y.size - rows_held
-        H, _, c, A, _ = _system(fun, held, y[:n], y[n:], data, more, ridge)
-        matrix = jnp.block([[H, A.T], [A, jnp.zeros((len(c), len(c)), y.dtype)]])
+        w, multipliers = y[:n], y[n:]
+        _, g, c, A, convex = _system(fun, held, w, multipliers, data, more, ridge)
+        corner = jnp.zeros((len(c), len(c)), y.dtype)
+        step = _solve(jnp.block([[convex, A.T], [A, corner]]), -jnp.concatenate([g, 0 * c]))
+        fine = jnp.all(jnp.isfinite(step))
+        multipliers = jnp.where(fine, step[n:], multipliers)
+        r, J = fun.with_jacobian(w, data)
+        one = jax.tree.map(lambda leaf: leaf[None], J)
+        shift = times(one, jnp.where(fine, step[:n], 0)[None])[0]
+        H, *_ = _system(fun, held, w, multipliers, data, more, ridge, r + shift)
+        matrix = jnp.block([[H, A.T], [A, corner]])
         q = _solve(matrix, b)
         rest = b - matrix @ q
-        return q, rest, jnp.sqrt(jnp.abs(jnp.vdot(rest, _solve(matrix, rest))))
+        error = jnp.sqrt(jnp.abs(jnp.vdot(rest, _solve(matrix, rest))))
+        return q, rest, error, shift, multipliers - y[n:]
 
-    q, rest, error = jax.lax.map(lambda args: lane(*args), (y, data, more, b, ridge))
+    q, rest, error, shift, change = jax.lax.map(lambda args: lane(*args), (y, data, more, b, ridge))
     failed = ~jnp.all(jnp.isfinite(q) & jnp.isfinite(rest), axis=1)
     failed = failed | (jnp.linalg.norm(rest, axis=1) > 1e-3 * jnp.linalg.norm(b, axis=1))
     products = jnp.zeros(y.shape[0], jnp.result_type(int))
-    return LaneSolve(jnp.where(failed[:, None], 0, q), rest, error, failed, products)
+    x = jnp.where(failed[:, None], 0, q)
+    return LaneSolve(x, rest, error, failed, products, shift), change
 
 
 def _solve(matrix: Array, b: Array) -> Array:
@@ -155,10 +168,12 @@ def _system(
     data: PyTree,
     more: PyTree,
     ridge: Array,
+    rows: Array | None = None,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Hessian of the Lagrangian in w, gradient of the cost, the equations, their derivatives, and
-    the Hessian without second derivatives."""
+    the Hessian without second derivatives; with `rows` in place of the residuals at w."""
     r, J = fun.with_jacobian(w, data)
+    r = r if rows is None else rows
     one = jax.tree.map(lambda leaf: leaf[None], J)
     convex = gram(one)[0] + ridge * jnp.eye(len(w), dtype=w.dtype)
     H = convex + fun.curvature(w, data, r)

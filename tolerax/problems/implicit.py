@@ -44,10 +44,12 @@ class Carry(eqx.Module):
 
 
 class Fixed:
-    """The functions of an implicit problem at a fixed x, on flat vectors y and q."""
+    """The functions of an implicit problem at a fixed x, on flat vectors y and q; with another
+    potential if one is given."""
 
-    def __init__(self, problem: "Implicit", x: PyTree):
+    def __init__(self, problem: "Implicit", x: PyTree, potential: Callable | None = None):
         self.problem, self.x = problem, x
+        self.h = problem.potential if potential is None else potential
         self.flat_x, self.unravel_x = ravel_pytree(x)
         _, self.unravel = ravel_pytree(problem.y0)
 
@@ -57,8 +59,8 @@ class Fixed:
 
     def potential(self, y: Vector) -> Scalar:
         """h(y, x) with F = grad_y h."""
-        assert self.problem.potential is not None
-        return self.problem.potential(self.unravel(y), self.x)
+        assert self.h is not None
+        return self.h(self.unravel(y), self.x)
 
     def residual(self, y: Vector) -> Vector:
         """F(y, x)."""
@@ -75,8 +77,8 @@ class Fixed:
         """<q, F(y, x)>."""
         problem, y_tree = self.problem, self.unravel(y)
         if problem.residual is None:
-            assert problem.potential is not None
-            h = problem.potential
+            h = self.h
+            assert h is not None
             return jax.jvp(lambda y: h(y, x), (y_tree,), (self.unravel(q),))[1]
         return jnp.vdot(ravel_pytree(problem.residual(y_tree, x))[0], q)
 
@@ -381,6 +383,8 @@ def _solution_backward(
     flat, b = ravel_pytree(y)[0], ravel_pytree(y_bar)[0]
     known = problem.norm.constants(at, problem.cold_start())
     solve = problem.norm.solve_transpose(at, known, flat, b, accuracy.adjoint)
+    # A solve that took y for the state of a problem nearby is differentiated as that problem.
+    at = Fixed(problem, x, getattr(solve, "potential", None))
     x_bar = jax.tree.map(jnp.negative, jax.grad(at.pairing, argnums=2)(flat, solve.x, x))
     failed = getattr(solve, "failed", None)
     if failed is not None:

@@ -27,13 +27,15 @@ Scalar = Float[Array, ""]
 
 
 class LaneAdjoint(eqx.Module):
-    """The flat adjoint of all lanes, with error, work and outcome of each."""
+    """The flat adjoint of all lanes, with error, work and outcome of each; and the potential of the
+    problem nearby whose state is exact, which is the one that is differentiated."""
 
     x: Vector
     residual: Vector
     error: Lane
     products: Int[Array, " k"]
     failed: Bool[Array, " k"]
+    potential: Any
 
 
 class InLanes(eqx.Module):
@@ -85,15 +87,22 @@ class InLanes(eqx.Module):
         """There are none."""
         del at, carry
 
-    def potential(self, w: Float[Array, "k n"], data: PyTree) -> Scalar:
-        """The sum of all lanes, whose gradient in w is F: with held rows the Lagrangian."""
+    def potential(
+        self,
+        w: Float[Array, "k n"],
+        data: PyTree,
+        shift: ArrayLike = 0.0,
+        change: ArrayLike = 0.0,
+    ) -> Scalar:
+        """The sum of all lanes, whose gradient in w is F: with held rows the Lagrangian. `shift` is
+        added to the residuals and `change` to the multipliers."""
         tied = jnp.zeros((), w.dtype)
         if self.held is not None:
             data, more = data
             n = w.shape[1] - self.rows_held
-            w, multipliers = w[:, :n], w[:, n:]
+            w, multipliers = w[:, :n], w[:, n:] + change
             tied = jnp.sum(multipliers * jax.vmap(self.held)(w, more))
-        rows = jax.vmap(structured(self.residuals))(w, data)
+        rows = jax.vmap(structured(self.residuals))(w, data) + shift
         ridge = jnp.broadcast_to(jnp.asarray(self.ridge, w.dtype), w.shape[:1])
         return 0.5 * jnp.sum(rows * rows) + 0.5 * jnp.sum(ridge[:, None] * w * w) + tied
 
@@ -132,28 +141,33 @@ class InLanes(eqx.Module):
         del known
         shape = at.problem.y0.shape
         w = y.reshape(shape)
+        fun, b = structured(self.residuals), b.reshape(shape)
+        change = 0.0
         if self.held is not None:
-            fun, b = structured(self.residuals), b.reshape(shape)
             data, more = at.x
-            solve = solve_held(fun, self.held, w, data, more, b, self.ridge, self.rows_held)
-            return LaneAdjoint(
-                solve.x.ravel(), solve.residual.ravel(), solve.error, solve.products, solve.failed
+            solve, change = solve_held(fun, self.held, w, data, more, b, self.ridge, self.rows_held)
+        else:
+            solve = solve_hessian(
+                fun,
+                w,
+                at.x,
+                b,
+                ridge=jnp.broadcast_to(jnp.asarray(self.ridge, y.dtype), shape[:1]),
+                free=positions(w, self.bounds),
+                hessian=self.hessian,
+                tolerance=tolerance,
+                max_products=self.max_products,
+                block=self.solver.block,
+                sharding=self.solver.sharding,
             )
-        solve = solve_hessian(
-            structured(self.residuals),
-            w,
-            at.x,
-            b.reshape(shape),
-            ridge=jnp.broadcast_to(jnp.asarray(self.ridge, y.dtype), shape[:1]),
-            free=positions(w, self.bounds),
-            hessian=self.hessian,
-            tolerance=tolerance,
-            max_products=self.max_products,
-            block=self.solver.block,
-            sharding=self.solver.sharding,
-        )
+        shift = 0.0 if solve.shift is None else solve.shift
         return LaneAdjoint(
-            solve.x.ravel(), solve.residual.ravel(), solve.error, solve.products, solve.failed
+            solve.x.ravel(),
+            solve.residual.ravel(),
+            solve.error,
+            solve.products,
+            solve.failed,
+            lambda w, data: self.potential(w, data, shift, change),
         )
 
     solve_linear = solve_transpose
@@ -179,6 +193,10 @@ def batched_least_squares(
 
     The minimizers `w` of the answer can be differentiated in `data` (`jax.grad`, implicit function
     theorem); the rest of it, and the starts, have no derivative.
+
+    A minimizer to a tolerance is the exact one for residuals that are shifted by as much in the
+    range of the Jacobian. The derivative (with a factored `hessian`) is that of this problem
+    nearby: errors of the solve are not divided by the eigenvalues of the Hessian.
 
     - `residuals`, `w`, `data`, `tolerance`, `ridge`, `bounds`: as of
       [`BatchedLevenbergMarquardt`][]. What residuals depend on differentiably must be in `data`.
