@@ -233,6 +233,19 @@ def test_boxes_that_overlap_points_that_are_drawn_and_rows_for_everyone():
     assert np.any(solve(jax.random.key(0)) != solve(jax.random.key(1)))
 
 
+def test_boxes_on_a_circle_are_alike_and_have_a_face_more():
+    boxes = Boxes((12, 8), (3, 2), overlap=(2, 0), periodic=(True, False))
+    np.testing.assert_allclose(boxes.weights.sum(axis=0), 1.0)
+    first = boxes.weights[0, :, 0]
+    np.testing.assert_allclose(first, np.roll(first[::-1], 4))  # about its middle
+    np.testing.assert_allclose(np.roll(first, 4), boxes.weights[2, :, 0])
+    assert not np.any(boxes.weights[0, :, 4:])
+    around = Boxes((12,), (3,), periodic=True)
+    assert around.pairs == ((0, 1), (1, 2), (2, 0))
+    assert around.faces[2].tolist() == [0, 11]
+    assert not Boxes((12,), (1,), periodic=True).pairs
+
+
 def test_bad_input_is_named():
     def layer(equation=EQUATION, network=NETWORK, router=BOXES, **options):
         return HardConstrained(network, equation, router, **options)(BENT)
@@ -257,6 +270,8 @@ def test_bad_input_is_named():
         layer(joint=True, faces=1.0)
     with pytest.raises(ValueError, match="boxes would be empty"):
         Boxes((3,), (4,))
+    with pytest.raises(ValueError, match="give one for all axes"):
+        Boxes((4, 4), (2, 2), overlap=(1, 1, 1))
     with pytest.raises(ValueError, match=r"experts \[1\] have no points"):
         Router(np.stack([np.ones(5), np.zeros(5)]))
     with pytest.raises(ValueError, match="partition of unity"):

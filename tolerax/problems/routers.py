@@ -1,6 +1,7 @@
 """Routers: which expert answers for which points of a regular grid."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -59,17 +60,28 @@ class Boxes(Router):
     """Boxes side by side, `parts` of them along each axis of the grid; sizes differ by one point
     where the parts do not divide the points.
 
-    - `overlap`: by how many points each box reaches into its neighbours. There the weights blend,
-      so that the field has no jumps and no face is left to tie.
+    - `overlap`: by how many points each box reaches into its neighbours, one number or one for each
+      axis. There the weights blend, so that the field has no jumps and no face is left to tie.
+    - `periodic`: whether the last points have the first ones as neighbours, for all axes or for
+      each of them.
 
     >>> boxes = Boxes((10, 4), (3, 1))
     >>> boxes.experts, boxes.counts, boxes.pairs
     (3, (16, 12, 12), ((0, 1), (1, 2)))
     >>> Boxes((10, 4), (3, 1), overlap=1).counts
     (20, 20, 16)
+    >>> Boxes((10, 4), (3, 1), periodic=True).pairs
+    ((0, 1), (1, 2), (2, 0))
     """
 
-    def __init__(self, grid: Sequence[int], parts: Sequence[int], *, overlap: int = 0):
+    def __init__(
+        self,
+        grid: Sequence[int],
+        parts: Sequence[int],
+        *,
+        overlap: int | Sequence[int] = 0,
+        periodic: bool | Sequence[bool] = False,
+    ):
         grid, parts = tuple(grid), tuple(parts)
         if len(grid) != len(parts) or not grid:
             raise ValueError(f"parts is {parts}: give one number for each axis of the grid {grid}.")
@@ -80,19 +92,22 @@ class Boxes(Router):
                 f"parts is {parts} on the grid {grid}: some boxes would be empty. Give at most as "
                 "many parts as points along each axis."
             )
-        if overlap < 0:
+        reach, around = (
+            _each_axis(*named, grid) for named in (("overlap", overlap), ("periodic", periodic))
+        )
+        if any(points < 0 for points in reach):
             raise ValueError(f"overlap is {overlap}: it must not be negative.")
         weights = np.ones((1, *[1] * len(grid)))
         for axis, (n, p) in enumerate(zip(grid, parts, strict=True)):
             shape = [1] * len(grid)
             shape[axis] = n
-            hats = _hats(n, p, overlap).reshape(p, *shape)
+            hats = _hats(n, p, int(reach[axis]), bool(around[axis])).reshape(p, *shape)
             weights = (weights[:, None] * hats[None]).reshape(
                 -1, *np.broadcast_shapes(weights.shape[1:], hats.shape[1:])
             )
         self.weights = _partition(weights)
-        if not overlap:
-            self.pairs, self.faces = _faces(np.argmax(self.weights, axis=0))
+        if not any(reach):
+            self.pairs, self.faces = _faces(np.argmax(self.weights, axis=0), around)
 
 
 class RandomAssignment(Router):
@@ -130,29 +145,47 @@ def _partition(weights: np.ndarray) -> np.ndarray:
     return weights
 
 
-def _hats(n: int, parts: int, overlap: int) -> np.ndarray:
+def _each_axis(name: str, value: Any, grid: tuple[int, ...]) -> tuple:
+    """The value for each axis."""
+    values = (value,) * len(grid) if np.ndim(value) == 0 else tuple(value)
+    if len(values) != len(grid):
+        raise ValueError(f"{name} is {value}: give one for all axes or each of the grid {grid}.")
+    return values
+
+
+def _hats(n: int, parts: int, overlap: int, periodic: bool) -> np.ndarray:
     """Weights of the parts along one axis, shape (parts, n)."""
+    if parts == 1:
+        return np.ones((1, n))
     first = [int(piece[0]) for piece in np.array_split(np.arange(n), parts)]
-    at = np.arange(n) + 0.5
-    rises = [np.ones(n)]
-    for start in first[1:]:
+
+    def rise(at: np.ndarray, start: int) -> np.ndarray:
         # From 0 to 1 over the points that both sides have.
         share = (at - start) / (2 * overlap) + 0.5 if overlap else (at > start).astype(float)
         s = np.clip(share, 0, 1)
-        rises.append(s * s * (3 - 2 * s))
-    later = [*rises[1:], np.zeros(n)]
-    hats = [here * (1 - after) for here, after in zip(rises, later, strict=True)]
-    total = np.sum(hats, axis=0)
-    return np.stack(hats) / total
+        return s * s * (3 - 2 * s)
+
+    at, hats = np.arange(n) + 0.5, []
+    for start, end in zip(first, [*first[1:], n], strict=True):
+        if periodic:
+            hats.append(sum(rise(at + k, start) * (1 - rise(at + k, end)) for k in (-n, 0, n)))
+        else:
+            begun = rise(at, start) if start else np.ones(n)
+            hats.append(begun * (1 - rise(at, end)) if end < n else begun)
+    return np.stack(hats) / np.sum(hats, axis=0)
 
 
-def _faces(owner: np.ndarray) -> tuple[tuple[tuple[int, int], ...], tuple[np.ndarray, ...]]:
+def _faces(
+    owner: np.ndarray, periodic: Sequence[bool]
+) -> tuple[tuple[tuple[int, int], ...], tuple[np.ndarray, ...]]:
     """Pairs of neighbours and, for each, the points on both sides of their face."""
     index = np.arange(owner.size).reshape(owner.shape)
     found: dict[tuple[int, int], set[int]] = {}
     for axis in range(owner.ndim):
-        low = [np.take(a, np.arange(a.shape[axis] - 1), axis) for a in (owner, index)]
-        high = [np.take(a, np.arange(1, a.shape[axis]), axis) for a in (owner, index)]
+        count = owner.shape[axis]
+        here = np.arange(count if periodic[axis] else count - 1)
+        low = [np.take(a, here, axis) for a in (owner, index)]
+        high = [np.take(a, (here + 1) % count, axis) for a in (owner, index)]
         differ = low[0] != high[0]
         for a, b, i, j in zip(
             *(part[differ] for part in (low[0], high[0], low[1], high[1])), strict=True
