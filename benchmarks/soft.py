@@ -26,12 +26,12 @@ def relative(u: Any, reference: np.ndarray) -> np.ndarray:
     return gap / np.linalg.norm(reference.reshape(len(reference), -1), axis=1)
 
 
-def summary(done: Any, field: Any, reference: np.ndarray, seconds: float) -> dict[str, Any]:
+def summary(done: Any, u: Any, jump: Any, reference: np.ndarray, seconds: float) -> dict[str, Any]:
     """The errors of a trained layer's fields, and what its training took."""
     return {
-        "error": float(np.mean(relative(field.u, reference))),
-        "worst": float(np.max(relative(field.u, reference))),
-        "jump": float(jnp.mean(field.jump)),
+        "error": float(np.mean(relative(u, reference))),
+        "worst": float(np.max(relative(u, reference))),
+        "jump": float(jnp.mean(jump)),
         "evaluations": int(done.state.evaluations.sum()),
         "failed": int(done.state.failed.sum()),
         "seconds": round(seconds, 1),

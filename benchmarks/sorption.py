@@ -81,7 +81,7 @@ def trained(kind: str, seed: int, count: int, tell: Callable[[str], None]) -> di
     )
     seconds = time.perf_counter() - began
     field = eqx.filter_jit(lambda layer, soils: layer(soils))(done.layer, test)
-    return summary(done, field, reference, seconds)
+    return summary(done, field.u, field.jump, reference, seconds)
 
 
 @functools.cache
