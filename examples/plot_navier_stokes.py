@@ -10,10 +10,10 @@ Vorticity in a square that repeats itself,
 
 with the velocity :math:`(u, v)` that belongs to :math:`w`. A network is shown the vorticity at
 the beginning and gives functions of space and time; a layer finds their coefficients by least
-squares on the equation, once for all, and once for each of four experts: two halves of the square by
-an early and a late part, which blend. The velocity at a point depends on the vorticity everywhere,
-so experts solve together for the field that they make. The network is trained without a single
-solution.
+squares on the equation, once for all, and once for each of four experts: two halves of the square
+by an early and a late part, which blend. The velocity at a point depends on the vorticity
+everywhere, so experts solve together for the field that they make. The network is trained without
+a single solution.
 """
 
 import os
