@@ -30,7 +30,7 @@ class Forcing(eqx.Module):
     `first`, with |g| averaged over about ten steps. `Forcing.fixed(tolerance)` never changes.
     """
 
-    first: Any = 1e-2
+    first: Any = 1e-1
     power: Any = 1.0
     floor: Any = 1e-8
 
@@ -113,7 +113,8 @@ def train(
     - `optimizer`: with `init(weights)` and `update(gradient, state, weights)`, as those of optax.
     - `loss(field, inputs)`: one number for each sample of a batch.
     - `forcing`: tolerances of the inner solves; [`Forcing`][] by default.
-    - `warm_starts`: whether a sample starts from its coefficients of the last time.
+    - `warm_starts`: whether a sample starts from its coefficients of the last time, and the first
+      time from the mean of those of other samples.
     - `key`: draws batches and collocation points, which change from step to step.
     - `checkpoint`: where the run is saved; if there is something it goes on from there, and arrives
       at the same bits as one that was never interrupted. One of another training is refused.
@@ -236,7 +237,14 @@ def _step(
     # The last batch of an epoch is filled up with the first samples of its order.
     own = order[(t % per_epoch * batch + jnp.arange(batch)) % count]
     some = jax.tree.map(lambda leaf: leaf[own], inputs)
-    warm = jax.tree.map(lambda leaf: leaf[own], state.warm) if warm_starts else None
+    warm = None
+    if warm_starts:
+        # Samples that were not solved yet start from the mean of those that were.
+        w = state.warm.w
+        solved = jnp.any(w != 0, axis=(1, 2))
+        mean = jnp.sum(w, axis=0) / jnp.maximum(jnp.sum(solved), 1)
+        start = jnp.where(solved[own][:, None, None], w[own], mean[None])
+        warm = WarmStart(start, state.warm.radius[own])
     tolerance = jnp.where(t == 0, forcing.first, forcing(state.size, state.begun))
 
     def value(weights: PyTree, report: BackwardReport) -> tuple[Array, tuple]:

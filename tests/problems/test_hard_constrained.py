@@ -1,5 +1,6 @@
 """Layers that obey an equation: against dense least squares and finite differences."""
 
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -184,6 +185,17 @@ def test_a_balance_holds_exactly_whatever_the_residuals():
         assert np.all(np.asarray(field.lanes.status == tolerax.PointStatus.ok))
     assert gap["held"] <= 1e-13
     assert gap["alone"] > 1e-7
+
+
+def test_a_warm_start_that_leads_away_is_left_out():
+    (cold, _, _), (_, field) = run("alone")
+    far = jax.tree.map(lambda leaf: leaf, field.warm)
+    far = dataclasses.replace(far, w=far.w.at[0].set(1e3))
+    (slope, _, _), (_, again) = run("alone", warm=far)
+    np.testing.assert_allclose(again.u, field.u, atol=1e-8)
+    np.testing.assert_allclose(slope, cold, rtol=1e-7)
+    lanes = field.lanes.evaluations.reshape(2, -1), again.lanes.evaluations.reshape(2, -1)
+    np.testing.assert_array_equal(lanes[0][0], lanes[1][0])
 
 
 def test_a_warm_start_saves_evaluations_and_changes_nothing():

@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 from tolerax.inner.experts import Tied
 from tolerax.inner.lane_adjoint import Hessian
 from tolerax.inner.levenberg_marquardt import BatchedLevenbergMarquardt, LeastSquaresResult
-from tolerax.inner.residuals import Pointwise
+from tolerax.inner.residuals import Pointwise, Structured
 from tolerax.problems.implicit import BackwardReport
 from tolerax.problems.lanes import batched_least_squares
 from tolerax.problems.routers import Router
@@ -223,7 +223,8 @@ class HardConstrained(eqx.Module):
         - `key`: draws the collocation points; a fixed key by default. - `points`, `tolerance`: in
           place of the layer's own, for instance at inference. Where `points` exceeds what an
           expert has, it uses all.
-        - `warm`: of an earlier answer on the same samples.
+        - `warm`: of an earlier answer on the same samples. Lanes in which coefficients of 0 leave
+          squares of residuals a tenth as large start from there.
         - `report`: `BackwardReport.blank(samples * lanes)`: see [`batched_least_squares`][].
         """
         experts, grid = self.router.experts, self.router.grid
@@ -273,6 +274,7 @@ class HardConstrained(eqx.Module):
                 jnp.broadcast_to(weight, (b, *weight.shape)),
             ),
         )
+        fresh = warm is None
         warm = self._started(warm, b, n, basis.dtype)
         rows = Pointwise(_Rows(self.equation.residual, kinds))
         options: dict[str, Any] = {
@@ -282,7 +284,6 @@ class HardConstrained(eqx.Module):
             "solver": self.solver,
             "hessian": self.hessian,
             "report": report,
-            "radius": warm.radius.ravel(),
         }
         # Jumps are read off, never differentiated, unless they are rows.
         sides, real = self.sides
@@ -299,10 +300,14 @@ class HardConstrained(eqx.Module):
                 given = _cast(inputs, [basis.dtype] * len(like))
                 whole = (Phi, z0, given, jnp.broadcast_to(shares, (b, *shares.shape)))
                 options["held"] = (_Balance(self.equation.balance, groups, grid, like), whole)
-            found = batched_least_squares(fun, warm.w[:, 0], (lanes, faces), **options)
+            given = (lanes, faces)
         else:
-            flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), lanes)
-            found = batched_least_squares(rows, warm.w.reshape(b * groups, -1), flat, **options)
+            fun = rows
+            given = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), lanes)
+        start, radius = warm.w.reshape(-1, warm.w.shape[2]), warm.radius.ravel()
+        if not fresh:
+            start, radius = _safeguarded(fun, start, radius, given)
+        found = batched_least_squares(fun, start, given, radius=radius, **options)
         w = found.w.reshape(b, groups, -1)
         u = jnp.einsum("kg,bkg->bg", shares, jnp.einsum("bkn,bng->bkg", w, basis))
         u = u.reshape(b, *grid) + lift
@@ -378,6 +383,15 @@ class HardConstrained(eqx.Module):
         rows = jax.vmap(_Rows(self.equation.residual, kinds))
         ones = jnp.ones(z.shape[::2], z.dtype)
         return rows(z, (jnp.zeros_like(z), jax.tree.map(at, data), ones)).reshape(-1, *grid)
+
+
+def _safeguarded(fun: Structured, w: Array, radius: Array, data: PyTree) -> tuple[Array, Array]:
+    """Starts and radii of the lanes, from 0 where that leaves squares a tenth as large, since
+    coefficients of another basis may lead to another minimum. It takes values only."""
+    w, data = jax.lax.stop_gradient((w, data))
+    squares = lambda w: jnp.sum(jnp.square(jax.vmap(fun)(w, data)), axis=1)  # noqa: E731
+    worse = ~(0.1 * squares(w) <= squares(jnp.zeros_like(w)))
+    return jnp.where(worse[:, None], 0, w), jnp.where(worse, jnp.inf, radius)
 
 
 class _Rows(eqx.Module):
