@@ -1,5 +1,6 @@
 """A layer that makes any network obey an equation: least squares in the span of its outputs."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -258,18 +259,24 @@ class HardConstrained(eqx.Module):
         data = _cast(data, [basis.dtype] * len(kinds))
         index, weight = self._collocated(key, points, n, basis.dtype)
 
+        def at_points(values: Array, axis: int) -> Array:
+            """Values on the grid at the points of each group."""
+            if index is None:
+                return jnp.expand_dims(values, axis)
+            return values[(slice(None),) * axis + (index,)]
+
         def per_lane(leaf: Array) -> Array:
             """Data of those who solve, (b, groups, ...)."""
             if leaf.shape[1:] == grid:
-                return leaf.reshape(b, -1)[:, index]
+                return at_points(leaf.reshape(b, -1), 1)
             return jnp.broadcast_to(leaf[:, None], (b, groups, *leaf.shape[1:]))
 
         # Coefficients last: points are then looked up, and their derivatives added, row by row.
-        rows_first = jnp.moveaxis(Phi, 1, 3)[:, :, index]
+        rows_first = at_points(jnp.moveaxis(Phi, 1, 3), 2)
         lanes = (
             jnp.swapaxes(rows_first, 1, 2),
             (
-                jnp.swapaxes(z0[..., index], 1, 2),
+                jnp.swapaxes(at_points(z0, 2), 1, 2),
                 jax.tree.map(per_lane, data),
                 jnp.broadcast_to(weight, (b, *weight.shape)),
             ),
@@ -350,8 +357,9 @@ class HardConstrained(eqx.Module):
 
     def _collocated(
         self, key: PRNGKeyArray | None, points: int | None, n: int, dtype: Any
-    ) -> tuple[Int[Array, "k m"], Float[Array, "k m"]]:
-        """Collocation points of each expert and their weights: of the mean over its rows."""
+    ) -> tuple[Int[Array, "k m"] | None, Float[Array, "k m"]]:
+        """Collocation points of each expert and their weights: of the mean over its rows. `None`
+        for the whole grid in its order: looking that up, and adding its derivatives, takes time."""
         (own, real), (shared, _) = self.own, self.shared
         most = self.points if points is None else points
         rows = [min(count, most or count) + shared.shape[1] for count in self.counts]
@@ -366,6 +374,8 @@ class HardConstrained(eqx.Module):
             counts, most = (own.shape[1],), None if most is None else most * len(counts)
         drawn = min(own.shape[1], most or own.shape[1])
         total = [min(count, drawn) + shared.shape[1] for count in counts]
+        if len(total) == 1 and drawn == math.prod(self.router.grid):
+            return None, jnp.full(own.shape, 1 / math.sqrt(drawn), dtype)
         own, real = jnp.asarray(own), jnp.asarray(real)
         if drawn < own.shape[1]:
             key = jax.random.key(0) if key is None else key
