@@ -52,6 +52,18 @@ CASES = {
         0.0,
         (1.0, 1.0),
     ),
+    # The first point lies where the gradients of both spheres agree but for 1 part in 50,000.
+    "two spheres": Case(
+        lambda x: -x[0] - x[1] - x[2],
+        lambda x: [
+            x[0] ** 2 + x[1] ** 2 + x[2] ** 2 - 9,
+            (x[0] - 1) ** 2 + x[1] ** 2 + x[2] ** 2 - 9,
+        ],
+        (5.0, 1e-4, -1e-4),
+        equal(2),
+        -0.5 - np.sqrt(17.5),
+        (0.5, np.sqrt(4.375), np.sqrt(4.375)),
+    ),
     "7": Case(
         lambda x: jnp.log(1 + x[0] ** 2) - x[1],
         lambda x: [(1 + x[0] ** 2) ** 2 + x[1] ** 2 - 4],

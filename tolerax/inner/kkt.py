@@ -205,8 +205,8 @@ def _convex(h: Array, working: Array, floor: ArrayLike, shift: ArrayLike) -> Arr
     )
     ours = e < 0.75 * apart
     largest = jnp.max(jnp.where(ours, jnp.abs(e), 0), initial=0)
-    wanted = jnp.where(e > 1e-8 * largest, e, jnp.maximum(jnp.abs(e), floor)) + shift
-    return h + (q * jnp.where(ours, wanted - e, 0)[None]) @ q.T
+    wanted = jnp.where(e > 1e-8 * largest, e, jnp.maximum(jnp.abs(e), floor))
+    return h + shift * jnp.eye(n, dtype=h.dtype) + (q * jnp.where(ours, wanted - e, 0)[None]) @ q.T
 
 
 class KrylovKKT(KKTSolver):

@@ -65,7 +65,14 @@ def plan(
     # The last step need not be better than what is asked for.
     enough = 0.1 * (solver.atol + solver.rtol * state.scale) / told.size
     relative = jnp.maximum(relative, jnp.minimum(enough, 0.1))
-    largest = 1e3 * (1 + jnp.linalg.norm(y) + jnp.linalg.norm(told.g))
+    unit = 1 + jnp.linalg.norm(y) + jnp.linalg.norm(told.g)
+    reach = 1e3 * jnp.maximum(1, jnp.linalg.norm(told.x))
+    v = rows.values - rows.within(rows.values)
+    pull = jnp.linalg.norm(system.transposed(v))
+    pull = pull / jnp.maximum(jnp.linalg.norm(v), jnp.finfo(dtype).tiny)
+    if system.preconditioner is not None:
+        # Only its own norm says what is long there.
+        pull, reach = jnp.zeros_like(pull), jnp.full_like(pull, jnp.inf)
 
     # Where nothing is known of the curvature a step is ten times as long as x at most.
     floor = size / (10 * jnp.maximum(1, jnp.linalg.norm(told.x)))
@@ -73,9 +80,10 @@ def plan(
     image = None if system.preconditioner is None else jax.tree.map(jnp.negative, told.z)
 
     def attempt(carry: tuple) -> tuple:
-        _, weight, tries, spent, _, _, _, wrong = carry
+        _, weight, tries, spent, _, _, _, wrong, stretched = carry
         caution = state.caution + jnp.maximum(wrong - 1, 0)
-        shift = jnp.where(caution > 0, floor * jnp.asarray(10, dtype) ** caution, 0)
+        damped = (caution > 0) | stretched
+        shift = jnp.where(damped, floor * jnp.asarray(10, dtype) ** caution, 0)
         expected = jnp.where(wrong == 0, working, rows.equal)
         prepared = linear.prepare(system, expected, floor, shift)
         step = quadratic_step(
@@ -91,23 +99,30 @@ def plan(
             relative=relative * jnp.asarray(0.01, dtype) ** wrong,
             image=image,
         )
-        small = jnp.linalg.norm(step.e) <= largest
+        # Multipliers that are large and do not pull at x answer to linearized constraints that
+        # contradict each other.
+        long = jnp.linalg.norm(step.e)
+        idle = jnp.linalg.norm(system.transposed(step.e)) < 0.01 * pull * long
+        small = long <= jnp.where(idle, 10, 1e3) * unit
+        # Constraints with next to no slope are linear only for a small part of such a step.
+        stretches = jnp.linalg.norm(step.d) > reach
+        small = small & ~stretches
         eta, descent, falls = _penalties(state, system, told, step)
         good = step.good & small & (falls | ~fresh)
         # Where constraints have lost their slope no multiplier meets them: with a weight near
         # 1 / eta_1 the step is Newton's on the augmented Lagrangian, which descends.
         weight = jnp.where(small & (wrong < 1), weight, 100 * jnp.maximum(weight, 1e-8))
         wrong = wrong + small
-        return step, weight, tries + 1, spent + step.spent, good, eta, descent, wrong
+        stretched = stretched | stretches
+        return step, weight, tries + 1, spent + step.spent, good, eta, descent, wrong, stretched
 
-    nothing = jax.eval_shape(
-        attempt,
-        (None, gentle, jnp.array(0), Work(), jnp.array(False), state.eta, merit, jnp.array(0)),
-    )[0]
+    none, no = jnp.array(0), jnp.array(False)
+    begin = (gentle, none, Work(), no, state.eta, merit, none, no)
+    nothing = jax.eval_shape(attempt, (None, *begin))[0]
     blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing)
-    begin = (blank, gentle, jnp.array(0), Work(), jnp.array(False), state.eta, merit, jnp.array(0))
+    begin = (blank, *begin)
     going = lambda carry: ~carry[4] & (carry[2] < 8) & (carry[7] < 5)  # noqa: E731
-    step, _, _, spent, _, eta, descent, _ = jax.lax.while_loop(going, attempt, begin)
+    step, _, _, spent, _, eta, descent, *_ = jax.lax.while_loop(going, attempt, begin)
     descent = jnp.where(jnp.isfinite(descent), descent, -jnp.inf)
 
     step = dataclasses.replace(step, d=_within_bounds(state, told, step))
@@ -116,13 +131,14 @@ def plan(
     merit = merit_of(replace(state, eta=eta), told)
     ref = select(fresh, Reference(now, merit, descent, told.size), state.ref)
     # Steps that shrink steadily along one line, as Newton's do where the problem is degenerate,
-    # are extrapolated to where they lead.
+    # are extrapolated to where they lead: by two where a root is double. Where that has been wrong
+    # twice they only look alike.
     before, length = state.now.d, jnp.linalg.norm(step.d)
     ratio = length / jnp.linalg.norm(before)
     along = jnp.dot(step.d, before) >= 0.98 * length * jnp.linalg.norm(before)
-    longer = along & (ratio > 0.6) & (ratio < 0.9) & state.steady & jnp.all(rows.equal)
+    longer = along & (ratio > 0.45) & (ratio < 0.9) & state.steady & jnp.all(rows.equal)
+    longer = longer & (state.overshot < 2)
     # Linearized constraints that cannot be met any better, again and again, cannot be met.
-    v = rows.values - rows.within(rows.values)
     after = rows.values + system.rows(step.d)
     after = after - rows.within(after)
     stays = jnp.linalg.norm(after) >= 0.999 * jnp.linalg.norm(v)

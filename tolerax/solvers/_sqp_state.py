@@ -53,6 +53,7 @@ class SQPState(eqx.Module):
     caution: Int[Array, ""]
     blocked: Int[Array, ""]
     steady: Bool[Array, ""]
+    overshot: Int[Array, ""]
     iterations: Int[Array, ""]
     scale: Float[Array, ""]
     f_scale: Float[Array, ""]

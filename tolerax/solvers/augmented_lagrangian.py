@@ -155,6 +155,7 @@ class ExactAugmentedLagrangian(Solver):
             caution=count,
             blocked=count,
             steady=jnp.array(False),
+            overshot=count,
             iterations=count,
             scale=zero,
             f_scale=zero,
@@ -358,6 +359,7 @@ class ExactAugmentedLagrangian(Solver):
             step=jnp.where(kind == LONG, 1.0, step).astype(state.step.dtype),
             kind=jnp.where(kind == LONG, FULL, BACK).astype(jnp.int32),
             relaxed=jnp.where(kind == LONG, state.relaxed, 0),
+            overshot=state.overshot + (kind == LONG),
             trials=jnp.where(kind == LONG, 0, trials),
         )
         reach = jnp.max(jnp.abs(step * ref.at.d) / (1 + jnp.abs(ref.at.x)), initial=0)
