@@ -17,6 +17,7 @@ BENCHMARKS = {
     "pde": "benchmarks.pde",
     "dfo": "benchmarks.dfo",
     "attack": "benchmarks.attack",
+    "gpu": "benchmarks.gpu",
 }
 
 

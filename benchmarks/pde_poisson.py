@@ -23,7 +23,7 @@ REDUCTION = 1e-10
 @eqx.filter_jit
 def run(problem: Any, x0: jax.Array, rtol: jax.Array) -> tolerax.Solution:
     """One Newton step to `rtol`, compiled as a whole."""
-    solver = tolerax.InexactNewton(rtol=rtol, atol=0.0, forcing=1e-13)  # pyright: ignore
+    solver = tolerax.InexactNewton(rtol=rtol, atol=0.0, forcing=1e-13)
     return tolerax.solve(problem, solver, x0, max_steps=20)
 
 

@@ -9,6 +9,8 @@ import tolerax
 from tests.conformance import zoo
 from tests.conformance.registry import FAMILIES, SOLVERS
 
+pytestmark = pytest.mark.accelerator
+
 every_solver = pytest.mark.parametrize("entry", SOLVERS, ids=str)
 every_family = pytest.mark.parametrize("entry", FAMILIES, ids=str)
 

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 
 from tolerax.inner import CG
 
+pytestmark = pytest.mark.accelerator
+
 N = 24
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -11,6 +11,8 @@ import tolerax
 from tolerax import PointStatus
 from tolerax.inner import Pointwise
 
+pytestmark = pytest.mark.accelerator
+
 LANES, M, N = 5, 40, 3
 
 

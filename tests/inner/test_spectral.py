@@ -7,6 +7,8 @@ import pytest
 
 from tolerax.inner import MINRES, Laplacian
 
+pytestmark = pytest.mark.accelerator
+
 SIDES = ["dirichlet", "neumann", "periodic"]
 
 

@@ -14,6 +14,8 @@ import pytest
 import tolerax
 from tolerax.problems import BackwardReport, InLanes
 
+pytestmark = pytest.mark.accelerator
+
 LANES, M, N = 4, 12, 3
 
 

@@ -18,6 +18,8 @@ from tolerax.problems.library import (
     semilinear_control,
 )
 
+pytestmark = pytest.mark.accelerator
+
 
 def test_a_quadratic_problem_takes_one_step_whatever_the_grid():
     products = []

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.solvers._common import Box, Geometry, failure, resolution, select, success
@@ -36,8 +36,8 @@ class IntervalSearch(Solver):
     request follows from how the last bounds depended on the achieved errors.
     """
 
-    rtol: float = 1e-8
-    atol: float = 1e-6
+    rtol: ArrayLike = 1e-8
+    atol: ArrayLike = 1e-6
     accuracy: Accuracy = eqx.field(default_factory=lambda: Accuracy(0.1, 0.1))
     share: float = 0.1
     adaptive: bool = eqx.field(static=True, default=True)
@@ -218,7 +218,7 @@ class IntervalSearch(Solver):
         return state.box.clip(state.now.x + step * state.p)
 
     def _tolerance(self, state: SearchState) -> Float[Array, ""]:
-        return self.atol + self.rtol * state.scale
+        return jnp.asarray(self.atol + self.rtol * state.scale)
 
     def _difference_step(self, state: SearchState) -> Float[Array, ""]:
         """Step along p for central differences of values: cube root of the value precision."""
