@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-# Most of the time of tests was the compiler's: plain code takes a third of it.
 PLAIN_CODE = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": "false"}
 
 

@@ -61,7 +61,7 @@ def solve_hessian(
     The direct ways take the residuals to be `r + J p`, with p the Gauss-Newton step that is left:
     with them w is the minimizer exactly, and the solve is that of a problem nearby. With r itself,
     what is left of J'r weighs second derivatives, and these are added to eigenvalues of H as small
-    as `1 / condition(J)^2`: a w with twelve digits gave derivatives with one.
+    as `1 / condition(J)^2`.
 
     - `"exact"`, `"gauss-newton"`: Cholesky's method, refined twice with products that go through J
       and not through J'J; through QR of J where H has lost its digits; by eigenvectors where J has
