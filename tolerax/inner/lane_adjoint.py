@@ -11,14 +11,17 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from tolerax.inner.krylov import CG
 from tolerax.inner.levenberg_marquardt import in_blocks
-from tolerax.inner.normal_equations import by_root, factored
+from tolerax.inner.normal_equations import by_cholesky, by_root, factored
 from tolerax.inner.residuals import Structured
-from tolerax.inner.rows import dense, gram, times, transposed
+from tolerax.inner.rows import Jacobian, dense, gram, times, transposed
 
 Lane = Float[Array, " k"]
 Rows = Float[Array, "k n"]
 Flags = Bool[Array, " k"]
 Hessian = Literal["exact", "gauss-newton", "cg"]
+
+# Refinements after which a lane goes through a factor of its own Hessian.
+ROUNDS = 5
 
 
 class LaneSolve(eqx.Module):
@@ -63,21 +66,81 @@ def solve_hessian(
     what is left of J'r weighs second derivatives, and these are added to eigenvalues of H as small
     as `1 / condition(J)^2`.
 
-    - `"exact"`, `"gauss-newton"`: Cholesky's method, refined twice with products that go through J
-      and not through J'J; through QR of J where H has lost its digits; by eigenvectors where J has
-      lost them too: directions without curvature are left out of q, and a b that has them fails.
+    - `"exact"`, `"gauss-newton"`: Cholesky's method for J'J + ridge, refined with products that go
+      through J and not through J'J. Lanes which that does not settle, as the sum is too large or
+      H has lost too many digits, go through Cholesky's method for H; through QR of J where H has
+      lost its digits; by eigenvectors where J has lost them too: directions without curvature are
+      left out of q, and a b that has them fails.
     - `"cg"`: products with the exact H only, until the bound on the error in the energy norm is at
       most `tolerance`, or after `max_products`.
     """
     b = jnp.where(free, b, 0)
 
-    def direct(
-        w: Rows, data: PyTree, b: Rows, ridge: Lane, free: Array
-    ) -> tuple[Rows, Rows, Lane, Flags, Array]:
+    def linear(w: Rows, data: PyTree, ridge: Lane, free: Array) -> tuple[Array, Jacobian, Array]:
         r, J = jax.vmap(fun.with_jacobian)(w, data)
         eye = jnp.eye(w.shape[1], dtype=w.dtype)[None]
         both = free[:, :, None] & free[:, None, :]
-        convex = jnp.where(both, gram(J) + ridge[:, None, None] * eye, eye)
+        return r, J, jnp.where(both, gram(J) + ridge[:, None, None] * eye, eye)
+
+    def stationary(
+        w: Rows, r: Array, J: Jacobian, ridge: Lane, free: Array, solve: Callable[[Rows], Rows]
+    ) -> Array:
+        g = transposed(J, r) + ridge[:, None] * w
+        p = -jnp.where(free, solve(jnp.where(free, g, 0)), 0)
+        change = times(J, p)
+        return jnp.where(jnp.all(jnp.isfinite(change), axis=1)[:, None], change, 0)
+
+    def bending(w: Rows, data: PyTree, r: Array) -> Callable[[Rows], Rows]:
+        # Products with the sum; forming it costs more than all of them.
+        slope = lambda w, data, r: jax.grad(lambda w: jnp.vdot(r, fun(w, data)))(w)  # noqa: E731
+        return jax.linearize(lambda w: jax.vmap(slope)(w, data, r), w)[1]
+
+    def quick(
+        w: Rows, data: PyTree, b: Rows, ridge: Lane, free: Array
+    ) -> tuple[Rows, Rows, Lane, Flags, Array]:
+        r, J, convex = linear(w, data, ridge, free)
+        solve, sound = by_cholesky(convex)
+        shift = stationary(w, r, J, ridge, free, solve)
+        bent = bending(w, data, r + shift)
+
+        def left(q: Rows) -> Rows:
+            through = transposed(J, times(J, q)) + ridge[:, None] * q
+            return b - jnp.where(free, through + bent(q) if hessian == "exact" else through, 0)
+
+        def measured(q: Rows) -> tuple[Rows, Rows, Rows, Lane]:
+            rest = left(q)
+            step = jnp.where(free, solve(rest), 0)
+            return q, rest, step, energy(rest, step)
+
+        def refined(state: tuple) -> tuple:
+            (q, _, step, size), _, count = state
+            return measured(q + step), size, count + 1
+
+        def unsettled(state: tuple) -> Bool[Array, ""]:
+            (*_, size), before, count = state
+            # What hardly falls is rounding, or the sum is too large.
+            return jnp.any((size > enough) & (size < 0.1 * before)) & (count < ROUNDS)
+
+        q = jnp.where(free, solve(b), 0)
+        whole = energy(b, q)
+        enough = jnp.finfo(w.dtype).eps ** 0.75 * whole
+        state = jax.lax.while_loop(unsettled, refined, (measured(q), whole, 0))
+        q, rest, step, size = state[0]
+        settled = sound & (size <= enough)
+        if hessian == "gauss-newton":
+            rest = rest - jnp.where(free, bent(q), 0)
+            step = solve(rest)
+        return q, rest, energy(rest, step), settled, shift
+
+    def energy(b: Rows, q: Rows) -> Lane:
+        return jnp.sqrt(jnp.abs(jnp.sum(b * q, axis=1)))
+
+    def direct(
+        w: Rows, data: PyTree, b: Rows, ridge: Lane, free: Array
+    ) -> tuple[Rows, Rows, Lane, Flags, Array]:
+        r, J, convex = linear(w, data, ridge, free)
+        eye = jnp.eye(w.shape[1], dtype=w.dtype)[None]
+        both = free[:, :, None] & free[:, None, :]
 
         def through_root(S: Array) -> tuple[Callable[[Rows], Rows], Flags]:
             # Of a matrix with the root of the condition.
@@ -85,12 +148,7 @@ def solve_hessian(
             top = jnp.where(free[:, None, :], dense(J), 0)
             return by_root(jnp.concatenate([top, bottom], axis=1), S)
 
-        def shifted(solve: Callable[[Rows], Rows]) -> Array:
-            g = transposed(J, r) + ridge[:, None] * w
-            p = -jnp.where(free, solve(jnp.where(free, g, 0)), 0)
-            change = times(J, p)
-            return jnp.where(jnp.all(jnp.isfinite(change), axis=1)[:, None], change, 0)
-
+        shifted = lambda solve: stationary(w, r, J, ridge, free, solve)  # noqa: E731
         solve, sound = factored(jnp.where(jnp.isfinite(convex), convex, eye))
         shift = shifted(solve)
 
@@ -128,14 +186,9 @@ def solve_hessian(
         q, step, whole = jax.lax.cond(jnp.all(sound), lambda: (*found, sound), by_qr)
         rest = left(q)
         if hessian == "gauss-newton":
-            rest = rest - jnp.where(free, jax.vmap(missing)(w, data, r, q), 0)
+            rest = rest - jnp.where(free, bending(w, data, r)(q), 0)
             step = solve(rest)
-        error = jnp.sqrt(jnp.abs(jnp.sum(rest * step, axis=1)))
-        return q, rest, error, whole, shift
-
-    def missing(w: Array, data: PyTree, r: Array, q: Array) -> Array:
-        slope = jax.grad(lambda w: jnp.vdot(r, fun(w, data)))
-        return jax.jvp(slope, (w,), (q,))[1]
+        return q, rest, energy(rest, step), whole, shift
 
     def bend(w: Array, data: PyTree, q: Array) -> Array:
         along = lambda w: jax.jvp(lambda w: fun(w, data), (w,), (q,))[1]  # noqa: E731
@@ -157,7 +210,16 @@ def solve_hessian(
     if hessian == "cg":
         q, rest, error, products = jax.vmap(iterative)(w, data, b, ridge, free)
     else:
-        q, rest, error, whole, shift = in_blocks(direct, block, sharding, w, data, b, ridge, free)
+        given = (w, data, b, ridge, free)
+        near = in_blocks(quick, block, sharding, *given)
+
+        def again() -> tuple[Rows, Rows, Lane, Flags, Array]:
+            def one(near: tuple, *given: Any) -> tuple[Rows, Rows, Lane, Flags, Array]:
+                return jax.lax.cond(jnp.all(near[3]), lambda: near, lambda: direct(*given))
+
+            return in_blocks(one, block, sharding, near, *given)
+
+        q, rest, error, whole, shift = jax.lax.cond(jnp.all(near[3]), lambda: near, again)
         products = jnp.zeros(w.shape[0], jnp.result_type(int))
     failed = ~jnp.all(jnp.isfinite(q) & jnp.isfinite(rest), axis=1)
     if hessian == "exact":

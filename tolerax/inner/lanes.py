@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int
 from tolerax.inner.normal_equations import (
     NewtonStep,
     Normal,
-    newton_step,
     normal_equations,
     trust_region_step,
 )
@@ -44,7 +43,7 @@ class Lanes(eqx.Module):
     - `predicted`: the decrease that the linear model expects of the trial.
     - `radius`: of the trust region; `damping`: what it came to.
     - `newton`: lanes that take second derivatives; `active`: lanes that go on; `floored`: those
-      that ended since rounding allows no progress; `free`: variables that no bound holds.
+      that ended since rounding allows no progress.
     """
 
     w: Rows
@@ -59,7 +58,6 @@ class Lanes(eqx.Module):
     newton: Flags
     active: Flags
     floored: Flags
-    free: Bool[Array, "k n"]
 
     @property
     def decrement(self) -> Lane:
@@ -83,7 +81,16 @@ def first_lanes(w: Rows, radius: Lane) -> Lanes:
     inf = jnp.full(count, jnp.inf, w.dtype)
     square = jnp.zeros((count, n, n), w.dtype)
     false, zero = jnp.zeros(count, bool), jnp.zeros_like(w)
-    normal = Normal(square, zero, jnp.ones_like(w), inf, false, square, zero)
+    normal = Normal(
+        gram=square,
+        gradient=zero,
+        scale=jnp.ones_like(w),
+        free=jnp.ones(w.shape, bool),
+        condition=inf,
+        ill=false,
+        root=square,
+        image=zero,
+    )
     return Lanes(
         w=w,
         cost=inf,
@@ -97,7 +104,6 @@ def first_lanes(w: Rows, radius: Lane) -> Lanes:
         damping=jnp.zeros_like(inf),
         active=~false,
         floored=false,
-        free=jnp.ones(w.shape, bool),
     )
 
 
@@ -115,10 +121,12 @@ def told(
     finite = jnp.isfinite(cost) & all_finite(J)
     # A lane that is not finite must not reach the factorizations that all lanes share.
     r, J = jnp.where(finite[:, None], r, 0), only(finite, J)
-    normal = normal_equations(r, J, x, terms.ridge, lanes.active & finite, curvature)
-    g = normal.gradient
-    blocked = ((x <= terms.lower) & (g > 0)) | ((x >= terms.upper) & (g < 0))
-    undamped = newton_step(normal, ~blocked)
+
+    def blocked(g: Rows) -> Bool[Array, "k n"]:
+        return ((x <= terms.lower) & (g > 0)) | ((x >= terms.upper) & (g < 0))
+
+    wanted = lanes.active & finite
+    normal, undamped = normal_equations(r, J, x, terms.ridge, wanted, blocked, curvature)
     decrement = undamped.decrement
 
     first = lanes.cost == jnp.inf
@@ -146,14 +154,14 @@ def told(
 
     now = _where(
         accept,
-        (x, cost, normal, undamped, ~blocked),
-        (lanes.w, lanes.cost, lanes.normal, lanes.undamped, lanes.free),
+        (x, cost, normal, undamped),
+        (lanes.w, lanes.cost, lanes.normal, lanes.undamped),
     )
-    w, cost, normal, undamped, free = now
+    w, cost, normal, undamped = now
     decrement = undamped.decrement
     going = lanes.active & (decrement > tolerance) & jnp.isfinite(cost)
     trial, predicted, radius, damping = _proposed(
-        normal, undamped, w, jnp.where(going, radius, jnp.inf), free, terms
+        normal, undamped, w, jnp.where(going, radius, jnp.inf), terms
     )
     still = jnp.all(trial == w, axis=1) | (predicted <= 0)
     done = (decrement <= tolerance) | ~jnp.isfinite(cost)
@@ -174,7 +182,6 @@ def told(
         newton=lanes.newton | slow,
         active=active,
         floored=floored,
-        free=free,
     )
     return _where(lanes.active, new, lanes)
 
@@ -184,7 +191,6 @@ def _proposed(
     undamped: NewtonStep,
     w: Rows,
     radius: Lane,
-    free: Bool[Array, "k n"],
     terms: Terms,
 ) -> tuple[Rows, Lane, Lane, Lane]:
     """The next trial, the decrease that the linear model expects there, radius and damping."""
@@ -199,7 +205,7 @@ def _proposed(
     def propose(state: tuple) -> tuple:
         _, _, radius, _, count = state
         radius = jnp.where(cut(state), 0.25 * radius, radius)
-        p, damping = trust_region_step(normal, undamped, radius, free)
+        p, damping = trust_region_step(normal, undamped, radius)
         trial = jnp.clip(w + p, terms.lower, terms.upper)
         s = trial - w
         curved = jnp.einsum("ki,kij,kj->k", s, normal.gram, s)

@@ -231,7 +231,7 @@ class BatchedLevenbergMarquardt(Solver):
             S = jax.lax.cond(lanes.newton[0], curvature, lambda: S)
         first = lanes.cost[0] == jnp.inf
         lanes = told(lanes, r[None], J[None], terms, jnp.zeros(1, dtype), S)
-        g = jnp.where(lanes.free[0], lanes.normal.gradient[0], 0)
+        g = jnp.where(lanes.normal.free[0], lanes.normal.gradient[0], 0)
         size = jnp.linalg.norm(g)
         scale = jnp.where(first, size, state.first)
         small = size <= self.atol + self.rtol * scale
@@ -264,7 +264,7 @@ class BatchedLevenbergMarquardt(Solver):
 
     def verify(self, state: LeastSquaresState, evaluation: Evaluation) -> Bool[Array, ""]:
         g, _ = ravel_pytree(evaluation.gradient)
-        size = jnp.linalg.norm(jnp.where(state.lanes.free[0], g, 0))
+        size = jnp.linalg.norm(jnp.where(state.lanes.normal.free[0], g, 0))
         return size <= 2 * (self.atol + self.rtol * state.first)
 
     def record(self, state: LeastSquaresState) -> dict[str, Array]:
