@@ -86,7 +86,7 @@ def _begin(
     finite = tree_all_finite(x0)
     status = Status.where(finite, Status.running, Status.non_finite_start)
     false = jnp.array(False)
-    return Run(state, best, Work(), history, zero, zero, status, false, Status.running, bounds)
+    return Run(state, best, inf, Work(), history, zero, zero, status, false, Status.running, bounds)
 
 
 def resumable(run: Run) -> Run:
@@ -180,11 +180,16 @@ def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
     claims = done & is_success(outcome) & ~keep
     own = jax.tree.map(jnp.subtract, solver.work(state), solver.work(run.solver_state))
     run = _note(solver, run, query, evaluation, shown, own, claims)
+    # What a solver has forgotten has not failed.
+    forgot = (outcome == Status.all_failed) & (run.best.value < jnp.inf)
+    outcome = Status.where(forgot, Status.stalled, outcome)
     ended = Status.where(done & ~claims, outcome, Status.running)
     status = Status.where(keep, checked, ended)
-    # No solver has to look for these: there is nothing below minus infinity, and nothing that rests
-    # on a constant that does not hold can be believed.
-    bottomless = run.best.value == -jnp.inf
+    # No solver has to look for these: a value of minus infinity, or far below anything seen, has no
+    # minimum to find, and nothing that rests on a constant that does not hold can be believed.
+    low = -(1 + run.scale) * jnp.finfo(run.scale.dtype).eps ** -1.5
+    feasible = run.best.violation <= solver.feasibility
+    bottomless = (run.best.value <= low) & (feasible | (run.best.value == -jnp.inf))
     contradicted = evaluation.status == PointStatus.contradicted
     contradicted = jnp.any(contradicted if query.mask is None else contradicted & query.mask)
     status = Status.where(bottomless, Status.unbounded, status)
@@ -196,6 +201,7 @@ def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
     return Run(
         state,
         run.best,
+        run.scale,
         run.work,
         history,
         run.step + 1,
@@ -237,8 +243,10 @@ def _note(
     better = (better | run.verifying) & usable
     best = choose(better, candidate, best)
     failures = run.failures + failed.astype(run.failures.dtype)
-    where = lambda r: (r.best, r.work, r.failures)  # noqa: E731
-    return eqx.tree_at(where, run, (best, run.work + evaluation.work + own, failures))
+    first = (run.scale == jnp.inf) & jnp.isfinite(best.value)
+    scale = jnp.where(first, jnp.abs(best.value), run.scale)
+    where = lambda r: (r.best, r.scale, r.work, r.failures)  # noqa: E731
+    return eqx.tree_at(where, run, (best, scale, run.work + evaluation.work + own, failures))
 
 
 def _candidate(

@@ -71,6 +71,7 @@ class Run(eqx.Module):
 
     solver_state: Any
     best: Best
+    scale: Float[Array, ""]  # size of the first value there was
     work: Work
     history: Any  # a History; in the compiled loop, the same as a Table
     step: Int[Array, ""]

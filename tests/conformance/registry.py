@@ -1,6 +1,7 @@
 """The solvers that the conformance suite runs, and what each of them can do.
 
-A new solver joins with one line in `SOLVERS`; every test then runs it as far as its abilities go.
+A new solver joins with one line in `SOLVERS`, or in `SEARCHES` if it is derivative-free and
+searches from a point; every test then runs it as far as its abilities go.
 """
 
 import dataclasses
@@ -11,7 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tolerax import HOAG, MAID, ExactAugmentedLagrangian, InexactLineSearch, InexactNewton, Solver
+from tolerax import (
+    CDSM,
+    HOAG,
+    MAID,
+    DirectionalAttack,
+    ExactAugmentedLagrangian,
+    InexactLineSearch,
+    InexactNewton,
+    ModelTrustRegion,
+    Solver,
+    Status,
+)
 
 # What a gradient-based descent method reports, whatever it is built of.
 DESCENT = frozenset(
@@ -127,3 +139,30 @@ SOLVERS = (
 
 # One entry a class: for what depends on the code of a solver and not on its fields, and compiles.
 FAMILIES = tuple({type(entry.make()): entry for entry in reversed(SOLVERS)}.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """`make(**fields)`: the solver; `method`: its name in `minimize`; `close`: how near it comes
+    to the minimum of a quadratic."""
+
+    name: str
+    make: Callable[..., Solver]
+    method: str
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    close: float = 1e-5
+    statuses: tuple[Any, ...] = (Status.converged_estimated,)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def solver(self, **fields: Any) -> Solver:
+        return self.make(**{**self.fields, **fields})
+
+
+SEARCHES = (
+    Search("model-trust-region", ModelTrustRegion, "model-trust-region"),
+    Search("cdsm", CDSM, "cdsm"),
+    # Python code gives no derivatives.
+    Search("attack", DirectionalAttack, "attack", {"samples": 2}),
+)

@@ -1,9 +1,4 @@
-"""What derivative-free solvers that search from a point must do, on compiled and on Python code.
-A new solver joins with one line in `SEARCHES`."""
-
-import dataclasses
-from collections.abc import Callable
-from typing import Any
+"""What derivative-free solvers that search from a point must do, on compiled and on Python code."""
 
 import jax
 import jax.numpy as jnp
@@ -12,35 +7,10 @@ import pytest
 
 import tolerax
 from tests.conformance import zoo
+from tests.conformance.registry import SEARCHES
 from tests.conformance.test_runs import stop_at
-from tolerax import CDSM, DirectionalAttack, ModelTrustRegion, Solver, Status
+from tolerax import Status
 
-
-@dataclasses.dataclass(frozen=True)
-class Search:
-    """`make(**fields)`: the solver; `method`: its name in `minimize`; `close`: how near it comes
-    to the minimum of a quadratic."""
-
-    name: str
-    make: Callable[..., Solver]
-    method: str
-    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-    close: float = 1e-5
-    statuses: tuple[Any, ...] = (Status.converged_estimated,)
-
-    def __str__(self) -> str:
-        return self.name
-
-    def solver(self, **fields: Any) -> Solver:
-        return self.make(**{**self.fields, **fields})
-
-
-SEARCHES = (
-    Search("model-trust-region", ModelTrustRegion, "model-trust-region"),
-    Search("cdsm", CDSM, "cdsm"),
-    # Python code gives no derivatives.
-    Search("attack", DirectionalAttack, "attack", {"samples": 2}),
-)
 every = pytest.mark.parametrize("entry", SEARCHES, ids=str)
 START = jnp.asarray(zoo.START)
 

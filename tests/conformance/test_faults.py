@@ -15,10 +15,12 @@ import pytest
 
 import tolerax
 from tests.conformance import zoo
-from tests.conformance.registry import SOLVERS
+from tests.conformance.registry import SEARCHES, SOLVERS
 from tolerax.errors import EvaluationError
 
 every_solver = pytest.mark.parametrize("entry", SOLVERS, ids=str)
+every_search = pytest.mark.parametrize("entry", SEARCHES, ids=str)
+both_kinds = pytest.mark.parametrize("entry", [*SOLVERS, *SEARCHES], ids=str)
 START, CENTRE = zoo.START, np.asarray(zoo.CENTRE)
 
 
@@ -120,6 +122,54 @@ def _noisy(size):
     return lambda x: good(x) + size * rng.normal()
 
 
+# Of derivative-free solvers; those that are not named must succeed, whatever gradients are given.
+SEARCH_ENDS = {
+    "always NaN": ("all_failed",),
+    "always +inf": ("all_failed",),
+    "NaN beyond an edge": STUCK,
+    "+inf beyond an edge": STUCK,
+    "-inf beyond an edge": ("unbounded",),
+    "-inf at the start": ("unbounded",),
+    "start NaN": NO_START,
+    "start far away": ("all_failed",),
+    "falls without limit": ("unbounded", "budget"),
+    "noise": (*STUCK, "not_reproduced"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@every_search
+def test_fault_ends_honestly_without_gradients(entry, fault):
+    case = FAULTS[fault]
+    seen = zoo.Recorded(case.fun())
+    with np.errstate(over="ignore"):
+        result = tolerax.minimize(
+            seen,
+            case.start,
+            # Others than attacks do not look at it.
+            jac=case.gradient if entry.method == "attack" else None,
+            method=entry.solver(),
+            bounds=[(-np.inf, 1e300)] * 2,
+            options={"max_steps": 600} | case.options,
+        )
+    ends = SEARCH_ENDS.get(fault)
+    assert result.success == (ends is None), result.message
+    assert ends is None or result.status_name in ends
+    if result.success:
+        assert np.linalg.norm(good_gradient(result.x)[: 1 if "singular" in fault else 2]) <= 1e-5
+    if "noise" not in fault:
+        assert result.fun == seen.best
+    if np.isfinite(result.fun):
+        assert np.all(np.isfinite(result.x))
+        assert "writes" in fault or result.x.tobytes() in [x.tobytes() for x in seen.points]
+    # On the edge the models of the trust region know little.
+    best = 0.6 if "edge" in fault else case.best
+    assert result.fun <= max(best, 1e-6) or not np.isfinite(best)
+    assert result.nfev == len(seen.values)
+    if any(np.isnan(seen.values)):
+        assert "evaluations failed" in result.message
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @every_solver
 def test_fault_ends_honestly(entry, fault):
@@ -178,7 +228,7 @@ WRONG_ANSWERS = {
 
 
 @pytest.mark.parametrize("answer", WRONG_ANSWERS)
-@every_solver
+@both_kinds
 def test_wrong_answers_are_named(entry, answer):
     fun, named = WRONG_ANSWERS[answer]
     problem = zoo.python_objective("quadratic", fun=fun)
@@ -203,7 +253,22 @@ def test_an_exception_carries_the_best_point(entry):
     assert rest.success
 
 
-@every_solver
+@every_search
+def test_an_exception_carries_the_best_point_of_the_batches_before(entry):
+    seen = zoo.Recorded(raises_later(30))
+    with pytest.raises(EvaluationError, match="the simulation broke") as raised:
+        zoo.run(zoo.python_objective("quadratic", fun=seen), entry.solver(), jnp.asarray(START))
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    solution = raised.value.solution
+    # Batches of these solvers have at most 21 points in two dimensions.
+    earlier = min(seen.values[:9])
+    assert np.nanmin(seen.values) <= float(solution.value) <= earlier < 13.0
+    fixed = zoo.python_objective("quadratic")
+    rest = tolerax.solve(fixed, entry.solver(), solution.state, max_steps=600)
+    assert rest.success
+
+
+@both_kinds
 def test_a_point_that_times_out_is_one_that_failed(entry):
     release, calls = threading.Event(), []
 

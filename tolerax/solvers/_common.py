@@ -97,6 +97,11 @@ def resolution(
     return jnp.finfo(x.dtype).eps * dual(jnp.minimum(each, whole) * x)
 
 
+def lost_in(x: Float[Array, " n"], step: Array) -> Bool[Array, ""]:
+    """Whether a step this long along an axis is rounded away."""
+    return jnp.any(x + step == x)
+
+
 def success(converged: Any, tolerance: Array, floor: Array) -> Any:
     """The status `converged`, unless the tolerance is below what rounding leaves of a gradient:
     then a criterion that holds, holds by chance."""

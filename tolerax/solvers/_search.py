@@ -352,9 +352,6 @@ class IntervalSearch(Solver):
         accept = ~failed & ((gain >= errors) | flat_ok) & (slope < 0)
         unsure = ~failed & ~accept & (gain > rounding) & (state.refinements < 4)
         unsure = unsure if self.adaptive else jnp.array(False)
-        # A value that falls to -inf, or far below anything seen, has no minimum to find.
-        limit = -(1 + state.f_scale) * eps**-1.5
-        state = _finish_if(state, (told.f <= limit) & ~failed, Status.unbounded)
 
         length = geometry.norm(moved)
 

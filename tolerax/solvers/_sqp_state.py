@@ -56,7 +56,6 @@ class SQPState(eqx.Module):
     overshot: Int[Array, ""]
     iterations: Int[Array, ""]
     scale: Float[Array, ""]
-    f_scale: Float[Array, ""]
     measure: Float[Array, ""]
     request: Accuracy
     refinements: Int[Array, ""]

@@ -158,7 +158,6 @@ class ExactAugmentedLagrangian(Solver):
             overshot=count,
             iterations=count,
             scale=zero,
-            f_scale=zero,
             measure=inf,
             request=jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), self.accuracy),
             refinements=count,
@@ -188,7 +187,6 @@ class ExactAugmentedLagrangian(Solver):
         state = replace(
             state,
             scale=jnp.where(first & ~failed, jnp.maximum(told.size, tiny), state.scale),
-            f_scale=jnp.where(first & ~failed, jnp.abs(told.f), state.f_scale),
             carry=select(failed, state.carry, evaluation.carry),
         )
         state = finish_if(state, failed & first, Status.non_finite_start)
@@ -210,8 +208,6 @@ class ExactAugmentedLagrangian(Solver):
         here = dataclasses.replace(state.now, x=told.x, y=told.y)
         state = replace(state, now=select(holds, here, state.now))
         state = finish_if(state, holds, converged)
-        limit = -(1 + state.f_scale) * jnp.finfo(told.x.dtype).eps ** -1.5
-        state = finish_if(state, ~failed & feasible & (told.f <= limit), Status.unbounded)
         contradicted = evaluation.status == PointStatus.contradicted
         state = finish_if(state, contradicted, Status.contradicted)
         # Where the error of the gradient may hide what is left, a closer look comes first.

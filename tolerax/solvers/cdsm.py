@@ -13,7 +13,7 @@ from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.covering import farthest_points
 from tolerax.inner.positive_bases import rotation
 from tolerax.solvers._branches import when
-from tolerax.solvers._common import Box, select
+from tolerax.solvers._common import Box, lost_in, select
 from tolerax.solvers._model_steps import (
     Region,
     Sides,
@@ -385,6 +385,7 @@ class CDSM(Solver):
         radius = jnp.where(success, jnp.minimum(2 * state.radius, 1), smaller)
         known = state.feasible.value < jnp.inf
         fine = Status.where(state.failures, Status.stalled, Status.converged_estimated)
+        fine = Status.where(lost_in(state.feasible.x, state.radius), Status.accuracy_floor, fine)
         ended = Status.where(known, fine, Status.infeasible)
         return dataclasses.replace(
             state,

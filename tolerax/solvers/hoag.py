@@ -145,8 +145,6 @@ class HOAG(Solver):
         new = _end(new, failed & first, Status.non_finite_start)
         floor = resolution(x, x - state.last_x, z - state.last_z)
         new = _end(new, stationary, success(converged, tolerance, floor))
-        limit = -(1 + jnp.abs(state.last_f)) * jnp.finfo(x.dtype).eps ** -1.5
-        new = _end(new, (f <= limit) & ~failed & ~first, Status.unbounded)
         return _end(new, new.rejections > 60, Status.stalled)
 
     def terminate(self, state: HOAGState) -> tuple[Bool[Array, ""], Any]:

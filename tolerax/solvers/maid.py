@@ -204,8 +204,6 @@ class MAID(Solver):
             rounds=rounds,
             iterations=state.iterations + accept,
         )
-        limit = -(1 + jnp.abs(state.f)) * jnp.finfo(x.dtype).eps ** -1.5
-        new = _end(new, (evaluation.value <= limit) & ~failed, Status.unbounded)
         return _end(new, rounds > self.max_rounds, Status.stalled)
 
 

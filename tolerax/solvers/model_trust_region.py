@@ -14,7 +14,7 @@ from tolerax.inner.evolution import sample_size
 from tolerax.inner.positive_bases import positive_basis
 from tolerax.solvers import _exploration as exploration
 from tolerax.solvers._branches import chosen, when
-from tolerax.solvers._common import Box
+from tolerax.solvers._common import Box, lost_in
 from tolerax.solvers._exploration import Exploration
 from tolerax.solvers._model_steps import (
     Region,
@@ -264,6 +264,8 @@ class ModelTrustRegion(Solver):
         n = state.best_x.size
         failed = jnp.any(~jnp.isfinite(state.energies[: 2 * n]))
         ended = Status.where(failed, Status.stalled, Status.converged_estimated)
+        blurred = lost_in(state.best_x, jnp.sqrt(state.region.end))
+        ended = Status.where(blurred, Status.accuracy_floor, ended)
         again = self._open_star(state, jnp.sqrt(state.region.end))
         over = dataclasses.replace(state, done=jnp.array(True), status=ended)
         return when(lower, lambda _: again, lambda _: over, None)
