@@ -28,7 +28,7 @@ class Slices:
         problem: Problem,
         solver: Solver,
         run: Run,
-        limits: dict[str, Any],
+        limits: _loop.Limits,
         callback: Callable[[Step], Any] | None,
         watched: bool,
     ):
@@ -39,7 +39,7 @@ class Slices:
     @property
     def going(self) -> bool:
         """Whether the run goes on."""
-        spent = _loop.spent(self.run, self.limits)
+        spent = _loop.spent_compiled(self.run.work, self.limits)
         return bool((self.run.status == Status.running) & ~spent)
 
     @property
@@ -76,7 +76,7 @@ class Host:
         self,
         problem: Problem,
         solver: Solver,
-        limits: dict[str, Any],
+        limits: _loop.Limits,
         callback: Callable[[Step], Any] | None,
         meter: Progress,
         checkpoint: Checkpoint | None,

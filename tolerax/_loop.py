@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
 from tolerax._live import report_from_compiled
 from tolerax._packing import Table, choose, packing
@@ -45,6 +45,11 @@ def begin(
     """The run before its first question, with a history for `max_steps` answers."""
     size = room(max_steps + 1)
     return _begin(problem, solver, x0, bounds, key, size, -(-(max_steps + 1) // size))
+
+
+# What a run may be limited in, in this order: one program serves all limits.
+KINDS = ("units", *Work.__dataclass_fields__)
+Limits = Int[Array, " kinds"]
 
 
 @eqx.filter_jit
@@ -114,7 +119,7 @@ def extended(run: Run, rows: int) -> Run:
     return eqx.tree_at(lambda r: r.history, run, eqx.combine(jax.tree.map(longer, columns), count))
 
 
-def ask(solver: Solver, run: Run, limits: dict[str, Array]) -> Query:
+def ask(solver: Solver, run: Run, limits: Limits) -> Query:
     """The solver's query, as far as its points are within the limits, or, when it claims success,
     the best point again."""
     query = solver.ask(run.solver_state)
@@ -152,15 +157,14 @@ def evaluated(problem: Problem, query: Query) -> Evaluation:
     return in_parts(problem, query) if query.sharding is None else by_blocks(problem, query)
 
 
-def _affordable(run: Run, mask: Array, limits: dict[str, Array]) -> Array:
+def _affordable(run: Run, mask: Array, limits: Limits) -> Array:
     """The first points of a batch that can be evaluated before a limit is reached."""
     rank = jnp.cumsum(mask)
-    for name, limit in limits.items():
+    # What a point costs is known beforehand only where points are what is counted.
+    for name in ("points", "values", "units"):
         count = getattr(run.work, name)
-        over = rank > limit - count
-        # What a point costs is known beforehand only where points are what is counted.
-        if name in ("points", "values", "units"):
-            mask = mask & ~(over & (count == run.work.points))
+        over = rank > limits[KINDS.index(name)] - count
+        mask = mask & ~(over & (count == run.work.points))
     return mask
 
 
@@ -341,11 +345,12 @@ def _record(
     return run.history.add(History(**row, work=run.work, solver=extra, count=None, stride=stride))
 
 
-def spent(run: Run, limits: dict[str, Array]) -> Bool[Array, ""]:
-    reached = jnp.array(False)
-    for name, limit in limits.items():
-        reached = reached | (getattr(run.work, name) >= limit)
-    return reached
+def spent(work: Work, limits: Limits) -> Bool[Array, ""]:
+    """Whether a limit is reached."""
+    return jnp.any(jnp.stack([getattr(work, name) for name in KINDS]) >= limits)
+
+
+spent_compiled = jax.jit(spent)
 
 
 @eqx.filter_jit
@@ -354,7 +359,7 @@ def advance(
     solver: Solver,
     run: Run,
     last_step: Any,
-    limits: dict[str, Array],
+    limits: Limits,
     meter: Any = None,
 ) -> Run:
     """Ask, evaluate and tell until the run ends or `last_step` answers have been told."""
@@ -366,7 +371,7 @@ def advance(
     def unfinished(packed: Any) -> Bool[Array, ""]:
         run = eqx.combine(unpack(packed), static)
         going = (run.status == Status.running) & (run.step < last_step)
-        return going & ~spent(run, limits)
+        return going & ~spent(run.work, limits)
 
     def body(packed: Any) -> Any:
         run = eqx.combine(unpack(packed), static)
@@ -378,13 +383,13 @@ def advance(
 
     run = eqx.combine(unpack(jax.lax.while_loop(unfinished, body, pack(arrays))), static)
     run = eqx.tree_at(lambda r: r.history, run, run.history.history(history))
-    over = (run.status == Status.running) & spent(run, limits)
+    over = (run.status == Status.running) & spent(run.work, limits)
     return eqx.tree_at(lambda r: r.status, run, Status.where(over, Status.budget, run.status))
 
 
 @eqx.filter_jit
 def one(
-    problem: Problem, solver: Solver, run: Run, limits: dict[str, Array]
+    problem: Problem, solver: Solver, run: Run, limits: Limits
 ) -> tuple[Run, Query, Evaluation]:
     query = ask(solver, run, limits)
     evaluation = evaluated(problem, query)

@@ -126,7 +126,7 @@ class Steps:
         problem: Problem,
         solver: Solver,
         run: Run,
-        limits: dict[str, Any],
+        limits: _loop.Limits,
         callback: Callable[[Step], Any] | None,
     ):
         self._problem, self._callback = problem, callback
@@ -259,6 +259,6 @@ def _step(
     packed = jax.lax.cond(first, lambda packed: packed, told, packed)
     run = shapes.unpack(packed)
     query = split(_loop.ask(solver, run, limits))[0]
-    going = (run.status == Status.running) & ~_loop.spent(run, limits)
+    going = (run.status == Status.running) & ~_loop.spent(run.work, limits)
     counts = jnp.stack([going.astype(run.step.dtype), run.step, run.work.units])
     return packed, query, counts, jnp.stack([run.best.value, run.best.gradient_norm])

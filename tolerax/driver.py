@@ -14,12 +14,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
 
 from tolerax import _loop
 from tolerax._host import Host
 from tolerax.checkpoint import Checkpoint
-from tolerax.contracts import Problem, Solver, Work
+from tolerax.contracts import Problem, Solver
 from tolerax.errors import SolveError
 from tolerax.progress import Silent, resolve
 from tolerax.solution import Run, Solution, Step
@@ -125,18 +126,17 @@ def solve(
     return solution
 
 
-def _limits(max_work: int | Mapping[str, int] | None) -> dict[str, Array]:
-    """`max_work` as limits by kind; the names are those of `Work`."""
-    if max_work is None:
-        return {}
-    limits = {"units": max_work} if isinstance(max_work, int) else dict(max_work)
-    kinds = ("units", *Work.__dataclass_fields__)
+def _limits(max_work: int | Mapping[str, int] | None) -> _loop.Limits:
+    """`max_work` as a limit of each kind; the names are those of `Work`."""
+    limits = {"units": max_work} if isinstance(max_work, int) else dict(max_work or {})
     for name, limit in limits.items():
-        if name not in kinds:
-            raise ValueError(f"max_work has the key {name!r}: use one of {', '.join(kinds)}.")
+        if name not in _loop.KINDS:
+            known = ", ".join(_loop.KINDS)
+            raise ValueError(f"max_work has the key {name!r}: use one of {known}.")
         if not limit > 0:
             raise ValueError(f"max_work[{name!r}] is {limit!r}: give a positive integer.")
-    return {name: jnp.asarray(limit) for name, limit in limits.items()}
+    none = np.iinfo(jnp.result_type(int)).max
+    return jnp.asarray([limits.get(name, none) for name in _loop.KINDS])
 
 
 def _refuse_host_features(
