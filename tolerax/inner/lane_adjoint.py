@@ -90,10 +90,13 @@ def solve_hessian(
         change = times(J, p)
         return jnp.where(jnp.all(jnp.isfinite(change), axis=1)[:, None], change, 0)
 
-    def bending(w: Rows, data: PyTree, r: Array) -> Callable[[Rows], Rows]:
-        # Products with the sum; forming it costs more than all of them.
-        slope = lambda w, data, r: jax.grad(lambda w: jnp.vdot(r, fun(w, data)))(w)  # noqa: E731
-        return jax.linearize(lambda w: jax.vmap(slope)(w, data, r), w)[1]
+    def exactly(
+        w: Rows, data: PyTree, b: Rows, ridge: Lane, free: Array, shift: Array
+    ) -> Callable[[Rows], Rows]:
+        # b - H q by products with H; forming the sum costs more than all of them.
+        half = lambda w, data, shift: 0.5 * jnp.sum(jnp.square(fun(w, data) + shift))  # noqa: E731
+        product = jax.linearize(lambda w: jax.vmap(jax.grad(half))(w, data, shift), w)[1]
+        return lambda q: b - jnp.where(free, product(q) + ridge[:, None] * q, 0)
 
     def quick(
         w: Rows, data: PyTree, b: Rows, ridge: Lane, free: Array
@@ -101,11 +104,12 @@ def solve_hessian(
         r, J, convex = linear(w, data, ridge, free)
         solve, sound = by_cholesky(convex)
         shift = stationary(w, r, J, ridge, free, solve)
-        bent = bending(w, data, r + shift)
+        truly = exactly(w, data, b, ridge, free, shift)
 
-        def left(q: Rows) -> Rows:
-            through = transposed(J, times(J, q)) + ridge[:, None] * q
-            return b - jnp.where(free, through + bent(q) if hessian == "exact" else through, 0)
+        def without_sum(q: Rows) -> Rows:
+            return b - jnp.where(free, transposed(J, times(J, q)) + ridge[:, None] * q, 0)
+
+        left = truly if hessian == "exact" else without_sum
 
         def measured(q: Rows) -> tuple[Rows, Rows, Rows, Lane]:
             rest = left(q)
@@ -128,7 +132,7 @@ def solve_hessian(
         q, rest, step, size = state[0]
         settled = sound & (size <= enough)
         if hessian == "gauss-newton":
-            rest = rest - jnp.where(free, bent(q), 0)
+            rest = truly(q)
             step = solve(rest)
         return q, rest, energy(rest, step), settled, shift
 
@@ -186,7 +190,7 @@ def solve_hessian(
         q, step, whole = jax.lax.cond(jnp.all(sound), lambda: (*found, sound), by_qr)
         rest = left(q)
         if hessian == "gauss-newton":
-            rest = rest - jnp.where(free, bending(w, data, r)(q), 0)
+            rest = exactly(w, data, b, ridge, free, shift)(q)
             step = solve(rest)
         return q, rest, energy(rest, step), whole, shift
 
