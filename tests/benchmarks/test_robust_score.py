@@ -26,7 +26,7 @@ def test_methods_keep_bounds_and_points_and_do_not_mind_what_is_missing(method):
 
 
 def test_scores_are_means_of_areas_in_units_of_the_best_one():
-    found, profiles = scores("random_nan", ["ROSENBR", "BEALE"], 1, 0)
+    found, profiles = scores("random_nan", ["ROSENBR", "BEALE"], 0)
     assert profiles.shape == (len(METHODS), 10)
     np.testing.assert_allclose(profiles.max(0), 1.0)
     assert np.all(profiles >= 0)
