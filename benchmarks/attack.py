@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
+from jax.flatten_util import ravel_pytree
 
 import tolerax
+from benchmarks import dfo_peers
 from benchmarks.frame import Bar, Group, Measured, Settings
 from tolerax.problems.library import digits_counterfactual, image_mixture, reactor
 from tolerax.solution import Step
@@ -54,9 +56,9 @@ def points_to(found: Trace, value: float) -> float:
     return next((float(points) for points, best in found if best <= value), np.inf)
 
 
-def exact(problem: tolerax.Problem, x0: jax.Array, method: str) -> dict[str, Any]:
-    """SciPy with exact gradients of value and constraints, the honest baseline where there are any:
-    its last value and violation, and how often it asked for a value."""
+def by_scipy(problem: tolerax.Problem, x0: jax.Array, method: str) -> dict[str, Any]:
+    """SciPy with exact gradients of value and constraints, the honest baseline where there are any,
+    or COBYQA, which uses none: its last value and violation, and how often it asked for a value."""
     ask = tolerax.Accuracy(1e-6, 1e-6)
 
     @jax.jit
@@ -67,7 +69,7 @@ def exact(problem: tolerax.Problem, x0: jax.Array, method: str) -> dict[str, Any
     @jax.jit
     def limits(x: jax.Array) -> jax.Array:
         answer = problem.evaluate(tolerax.Query(x, ask, problem.cold_start(), derivatives=0))
-        return jnp.stack(jax.tree.leaves(answer.constraints))
+        return ravel_pytree(answer.constraints)[0]
 
     calls = 0
 
@@ -77,7 +79,9 @@ def exact(problem: tolerax.Problem, x0: jax.Array, method: str) -> dict[str, Any
         f, g = value(jnp.asarray(x))
         return float(f), np.asarray(g, float)
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"jac": True, "method": method, "options": {"maxiter": 1000}}
+    if method == "COBYQA":
+        options = {"method": method, "options": {"maxfev": 3000}}
     if problem.constraint_bounds is not None:
         slope = jax.jit(jax.jacrev(limits))
         options["constraints"] = {
@@ -88,13 +92,35 @@ def exact(problem: tolerax.Problem, x0: jax.Array, method: str) -> dict[str, Any
     if problem.bounds is not None:
         low, high = (np.broadcast_to(np.asarray(b, float), x0.shape) for b in problem.bounds)
         options["bounds"] = list(zip(low, high, strict=True))
-    end = scipy.optimize.minimize(
-        fun, np.asarray(x0, float), jac=True, method=method, options={"maxiter": 1000}, **options
-    )
+    ask_for = fun if "jac" in options else lambda x: fun(x)[0]
+    end = scipy.optimize.minimize(ask_for, np.asarray(x0, float), **options)
     worst = 0.0
     if problem.constraint_bounds is not None:
         worst = float(jnp.max(limits(jnp.asarray(end.x))))
     return {"value": float(end.fun), "violation": max(worst, 0.0), "calls": calls}
+
+
+def by_cma(problem: tolerax.Problem, x0: jax.Array, seed: int) -> list[float]:
+    """The points of CMA-ES to `TARGETS`. (The other peers of `dfo` are made for few variables.)"""
+    ask = tolerax.Accuracy(1e-6, 1e-6)
+    assert problem.bounds is not None
+    # The box of the peers is another one.
+    scale = float(jnp.max(jnp.asarray(problem.bounds[1]))) / dfo_peers.BOUND
+
+    @jax.jit
+    def value(x: jax.Array) -> jax.Array:
+        query = tolerax.Query(scale * x, ask, problem.cold_start(), derivatives=0)
+        return problem.evaluate(query).value
+
+    values = dfo_peers.values_of(
+        "CMA-ES",
+        lambda x: float(value(jnp.asarray(x))),
+        np.asarray(x0, float) / scale,
+        PEER_POINTS,
+        seed,
+    )
+    found = list(enumerate(np.minimum.accumulate(values).tolist(), 1))
+    return [points_to(found, target) for target in TARGETS]
 
 
 def solvers() -> dict[str, tolerax.Solver]:
@@ -105,10 +131,12 @@ def solvers() -> dict[str, tolerax.Solver]:
 # -- a mixture of images --------------------------------------------------------------------------
 
 TARGETS = (1e-6, 1e-8)
+PEER_POINTS = 9000
 
 
 def measure_image(settings: Settings) -> dict[str, Measured]:
-    """Points of the hybrid and of CDSM to two values, beside L-BFGS-B with exact gradients."""
+    """Points of the hybrid and of CDSM to two values, beside CMA-ES, and L-BFGS-B with exact
+    gradients."""
     needed: dict[float, list[float]] = {target: [] for target in TARGETS}
     beside = []
     for seed in settings.seeds:
@@ -118,7 +146,9 @@ def measure_image(settings: Settings) -> dict[str, Measured]:
             for name, solver in solvers().items()
         }
         row = {name: [points_to(f, target) for target in TARGETS] for name, f in found.items()}
-        gradients = exact(known.problem, known.x0, "L-BFGS-B")
+        if not settings.quick:
+            row["CMA-ES"] = by_cma(known.problem, known.x0, seed)
+        gradients = by_scipy(known.problem, known.x0, "L-BFGS-B")
         beside.append({"points to": row, "L-BFGS-B": gradients})
         settings.tell(f"   seed {seed}: {beside[-1]}")
         for target, points in zip(TARGETS, row["attack"], strict=True):
@@ -150,7 +180,9 @@ def measure_latent(settings: Settings) -> dict[str, Measured]:
         spent = points_to(found["cdsm"], ends["cdsm"])
         speedups.append(spent / points_to(found["attack"], ends["cdsm"]))
         gaps.append(ends["attack"] - ends["cdsm"])
-        rows.append({"ends": ends, "SLSQP": exact(known.problem, known.x0, "SLSQP")})
+        peers = ("SLSQP",) if settings.quick else ("SLSQP", "COBYQA")
+        beside = {name: by_scipy(known.problem, known.x0, name) for name in peers}
+        rows.append({"ends": ends, **beside})
         settings.tell(f"   seed {seed}: {rows[-1]}, speedup {speedups[-1]:.1f}")
     return {
         "latent_speedup": Measured(speedups, detail={"rows": rows}),
@@ -206,7 +238,10 @@ def measure_reactor(settings: Settings) -> dict[str, Measured]:
         )
         feasible = float(solution.violation) <= FEASIBLE
         shares.append(-float(solution.value) / best if feasible else 0.0)
-        rows.append({"x": np.asarray(solution.x).tolist(), "points": int(solution.work.points)})
+        row = {"x": np.asarray(solution.x).tolist(), "points": int(solution.work.points)}
+        peers = ("SLSQP", "COBYQA")
+        beside = {name: by_scipy(known.problem, jnp.asarray(start), name) for name in peers}
+        rows.append({**row, **beside})
     settings.tell(f"   grid {best:.6f}, shares {np.round(shares, 5).tolist()}")
     return {"reactor_vs_grid": Measured(shares, min(shares), {"grid": best, "rows": rows})}
 
