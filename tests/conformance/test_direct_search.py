@@ -82,9 +82,9 @@ def test_points_that_fail_cost_nothing_else(entry, kind):
         assert int(solution.state.failures) > 0
         if region:
             assert not solution.success
-    # Polls find the way along the edge by chance: one run of 40 ends at 0.5.
+    # Polls find the way along the edge by chance.
     assert np.median(values) <= (0.3 if region else 1e-6)
-    assert max(values) <= (1.0 if region else 1e-6)
+    assert max(values) <= (0.45 if region else 1e-6)
 
 
 @every

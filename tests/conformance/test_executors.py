@@ -112,7 +112,6 @@ def test_the_standard_pool_changes_no_bit(points, undisturbed, tmp_path):
 def test_dask_changes_no_bit(points, undisturbed, tmp_path, dask):
     solution, fun = disturbed(points, tmp_path, dask)
     same(solution, undisturbed)
+    assert 2 <= fun.times("killed once")[0] <= 3
     # Dask tries once more on its own.
     assert 2 <= fun.times("killed")[0] <= 4
-    # What a worker has finished and not handed over is lost with it when the next one kills it.
-    assert 2 <= fun.times("killed once")[0] <= 2 + fun.times("killed")[0]

@@ -29,7 +29,7 @@ from tolerax.status import Status
 
 STAR, SEARCH, POLL = range(3)
 # Where points have no value, what a poll without success leaves of its radius.
-SHRUNK = 0.7
+SHRUNK = 0.85
 
 
 class Incumbent(eqx.Module):
@@ -377,7 +377,7 @@ class CDSM(Solver):
         floor = jnp.where(state.failures, state.radius, state.region.floor)
         # At the edge of a region without values, which no model knows, a basis holds a direction of
         # descent by chance. With success doubling the radius and failure times s, it falls for
-        # chances below log s / log(s / 2): 0.34 in place of 0.5 (Gratton, Royer, Vicente, Zhang,
+        # chances below log s / log(s / 2): 0.19 in place of 0.5 (Gratton, Royer, Vicente, Zhang,
         # SIAM J. Optim. 25, 2015).
         shrunk = jnp.where(state.missing, SHRUNK, 0.5) * state.radius
         smaller = jnp.minimum(shrunk, jnp.maximum(floor, self.tol))
