@@ -23,7 +23,7 @@ LARGEST = 10
 # Points for each variable.
 POINTS = 100
 # Of the problems in alphabetical order every fifth, in a quick run every twentieth: their files are
-# Python that takes milliseconds a value, and all of them take two hours.
+# Python, and slow.
 FULL, QUICK = 5, 20
 
 Function = Callable[[np.ndarray], float]
