@@ -10,8 +10,10 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTI
 
 
 @pytest.mark.parametrize("source", BLOCKS, ids=lambda source: source.splitlines()[0][:40])
-def test_block_runs(source: str):
-    exec(compile(source, "README.md", "exec"), {"__name__": "__main__"})
+def test_block_runs_and_reaches_its_end(source: str):
+    names = {"__name__": "__main__"}
+    exec(compile(source, "README.md", "exec"), names)
+    assert (names.get("solution") or names["result"]).success
 
 
 def test_readme_shows_both_entry_points():
