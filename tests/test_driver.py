@@ -15,6 +15,7 @@ import tolerax
 from benchmarks.timing import compilations
 from tests.conformance import zoo
 from tolerax import Accuracy, Evaluation, Objective, PointStatus, Query, Solver, Status, Work
+from tolerax.checkpoint import CheckpointError
 from tolerax.errors import SolveError
 from tolerax.solution import Step
 
@@ -301,3 +302,29 @@ def test_work_of_failed_attempts_is_counted():
     assert solution.work.as_dict() == Work(points=30, values=30, gradients=30).as_dict()
     assert len(seen.values) == 30
     assert int(solution.state.failures) == int(np.isnan(seen.values).sum())
+
+
+def test_a_checkpoint_of_another_function_start_or_key_is_refused(tmp_path):
+    def run(fun, x0=START, **options):
+        path = str(tmp_path / "run")
+        return tolerax.solve(Objective(fun), solver, x0, max_steps=2, checkpoint=path, **options)
+
+    functions = [lambda x: jnp.sum(x**2), lambda x: jnp.sum((x - 1) ** 2) + 100]
+    first = run(functions[0])
+    with pytest.raises(CheckpointError, match="has problem"):
+        run(functions[1])
+    for changed in ({"x0": START + 1}, {"key": jax.random.key(1)}):
+        with pytest.raises(CheckpointError, match="has x0_and_key"):
+            run(functions[0], **changed)
+    assert int(run(functions[0]).steps) == int(first.steps) == 2
+
+
+def test_more_steps_continue_a_checkpoint(tmp_path):
+    problem, start = zoo.objective("rosenbrock"), jnp.array([-1.2, 1.0])
+    path = str(tmp_path / "run")
+    tolerax.solve(problem, solver, start, max_steps=10, checkpoint=path)
+    rest = zoo.run(problem, solver, start, checkpoint=path)
+    whole = zoo.run(problem, solver, start, max_seconds=3600.0)
+    np.testing.assert_array_equal(rest.x, whole.x)
+    for name, column in whole.history.rows().items():
+        np.testing.assert_array_equal(rest.history.rows()[name], column)

@@ -81,10 +81,22 @@ class Host:
         meter: Progress,
         checkpoint: Checkpoint | None,
         finish: Callable[[Run], Solution],
+        start: Any,
     ):
         self.problem, self.solver, self.limits = problem, solver, limits
         self.callback, self.meter, self.checkpoint = callback, meter, checkpoint
         self.finish = finish
+        # What a checkpoint must have been made by to be continued here.
+        self.identity = (
+            {
+                "solver": type(solver).__name__,
+                "solver_options": fingerprint(solver),
+                "problem": fingerprint(problem),
+                "x0_and_key": fingerprint(start),
+            }
+            if checkpoint is not None
+            else {}
+        )
         self.saved_at = time.perf_counter()
         self.saved_step = 0
 
@@ -92,8 +104,10 @@ class Host:
         """Run until the status is final or a limit is reached."""
         last = int(run.step) + max_steps
         if self.checkpoint is not None and self.checkpoint.exists():
-            run, _ = self.checkpoint.load(run, expect=self._identity())
-            run = _loop.resumable(run)
+            size = self.checkpoint.manifest().get("history")
+            template = run if size is None else _loop.with_history(run, *size)
+            run, _ = self.checkpoint.load(template, expect=self.identity)
+            run = _loop.extended(_loop.resumable(run), last - int(run.step))
         began = time.perf_counter()
         deadline = None if max_seconds is None else began + max_seconds
         self.saved_step = int(run.step)
@@ -152,17 +166,10 @@ class Host:
         if self.checkpoint is None:
             return
         step = int(run.step)
-        counts = {"step": step, "work": run.work.as_dict()}
-        self.checkpoint.save(run, self._identity() | counts)
+        history = run.history.value.shape[0], run.history.stride
+        counts = {"step": step, "work": run.work.as_dict(), "history": history}
+        self.checkpoint.save(run, self.identity | counts)
         self.saved_at, self.saved_step = time.perf_counter(), step
-
-    def _identity(self) -> dict[str, str]:
-        """What a checkpoint must have been made by to be continued here."""
-        return {
-            "solver": type(self.solver).__name__,
-            "solver_options": fingerprint(self.solver),
-            "problem": fingerprint(self.problem),
-        }
 
     def _end(self, run: Run, status: Any) -> Run:
         running = run.status == Status.running

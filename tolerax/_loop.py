@@ -112,11 +112,26 @@ def extended(run: Run, rows: int) -> Run:
         return run
 
     def longer(column: Array) -> Array:
-        fill = jnp.nan if jnp.issubdtype(column.dtype, jnp.floating) else 0
-        return jnp.concatenate([column, jnp.full(need - size, fill, column.dtype)])
+        return jnp.concatenate([column, _blank(column, need - size)])
 
-    columns, count = eqx.partition(history, lambda leaf: eqx.is_array(leaf) and leaf.ndim == 1)
+    columns, count = _columns(history)
     return eqx.tree_at(lambda r: r.history, run, eqx.combine(jax.tree.map(longer, columns), count))
+
+
+def with_history(run: Run, size: int, stride: int) -> Run:
+    """A run that has not begun with buffers of another size for the history."""
+    columns, count = _columns(dataclasses.replace(run.history, stride=stride))
+    columns = jax.tree.map(lambda column: _blank(column, size), columns)
+    return eqx.tree_at(lambda r: r.history, run, eqx.combine(columns, count))
+
+
+def _columns(history: History) -> tuple[History, History]:
+    return eqx.partition(history, lambda leaf: eqx.is_array(leaf) and leaf.ndim == 1)
+
+
+def _blank(column: Array, size: int) -> Array:
+    fill = jnp.nan if jnp.issubdtype(column.dtype, jnp.floating) else 0
+    return jnp.full(size, fill, column.dtype)
 
 
 def ask(solver: Solver, run: Run, limits: Limits) -> Query:

@@ -22,7 +22,7 @@ import re
 import stat
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,17 @@ class Checkpoint:
         Raises `CheckpointError` if there is none, if it was damaged or not made by `save`, or if it
         belongs to something else: never loads another file than the one asked for.
         """
+        described = Described(template)
+        return self._reading(previous, lambda file: _read(file, described, dict(expect or {})))
+
+    def manifest(self) -> dict[str, Any]:
+        """What the newest checkpoint says of itself; raises as `load` does, but for what it belongs
+        to."""
+        return self._reading(0, lambda file: _read(file, None, {}))[1]
+
+    def _reading(
+        self, previous: int, read: Callable[[Path], tuple[PyTree, dict[str, Any]]]
+    ) -> tuple[PyTree, dict[str, Any]]:
         files = self.files()
         back = int(previous)
         if not 0 <= back < len(files):
@@ -190,9 +201,8 @@ class Checkpoint:
                 Path(self.path),
             )
         file = files[-1 - back]
-        described = Described(template)
         try:
-            return _read(file, described, dict(expect or {}))
+            return read(file)
         except _DamagedError as error:
             older = files[: -1 - back]
             intact = next((old for old in reversed(older) if _is_intact(old)), None)
@@ -309,13 +319,16 @@ def _number(file: Path) -> int:
 
 
 def _read(
-    file: Path, described: Described, expect: dict[str, Any]
+    file: Path, described: Described | None, expect: dict[str, Any]
 ) -> tuple[PyTree, dict[str, Any]]:
+    """What is in a file; the manifest alone where no tree is described."""
     try:
         with _open(file) as stream:
             _check_signature(file, stream)
             with zipfile.ZipFile(_Limited(stream)) as archive:  # pyright: ignore
                 manifest = _read_manifest(archive)
+                if described is None:
+                    return None, manifest
                 _check_fit(file, manifest, described, expect)
                 names = [f"{index}.npy" for index in range(len(described.arrays))]
                 if archive.namelist() != [MANIFEST, *names]:

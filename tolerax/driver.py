@@ -59,7 +59,7 @@ def solve(
     - `callback`: called as `callback(step)` after each answer; raising `StopIteration` stops.
     - `progress`: `True`, `"bar"`, `"log"`, or an object of `tolerax.progress`.
     - `checkpoint`: a path or `Checkpoint`: the run is saved there now and then, and continues from
-      there when the file exists already.
+      there when the file exists already. A file of another problem, solver, x0 or key is refused.
     - `executor`: where points are evaluated by Python code: a number of processes, an executor
       (`submit(fn, *args)`), a callable that makes one, or [`Workers`][] with further options.
     - `throw`: raise `SolveError` (with the solution attached) unless the status is a success.
@@ -116,7 +116,8 @@ def solve(
     else:
         if isinstance(checkpoint, str | os.PathLike):
             checkpoint = Checkpoint(checkpoint)
-        host = Host(problem, solver, limits, callback, meter, checkpoint, finish)
+        start = (x0, key) if checkpoint is not None else None
+        host = Host(problem, solver, limits, callback, meter, checkpoint, finish, start)
         run = host.drive(run, max_steps, max_seconds)
     solution = finish(run)
     if throw and traced:

@@ -21,12 +21,13 @@ def fingerprint(tree: Any) -> str:
     - Arrays count with dtype, shape and every bit; scalars and strings with their value; modules,
       dataclasses and other pytrees with their class and all fields, static ones too (but those
       declared with `compare=False`, which say how and not what).
-    - Functions count with their qualified name, and with the arrays, scalars, strings, functions
-      and modules that they close over or have as defaults. The code of a function, and lists or
-      dictionaries that it closes over (often logs of its calls), do not count.
-    - Other objects count with the name of their class only.
+    - Functions count with their qualified name, their compiled code, and the arrays, scalars,
+      strings, functions and modules that they close over or have as defaults. What their code
+      finds by name when it is called (globals), and lists or dictionaries that they close over
+      (often logs of their calls), do not count.
+    - Other objects count with the name of their class, and with the code of its `__call__`.
 
-    Nothing depends on memory addresses or on Python's randomized hashes.
+    Nothing depends on memory addresses, on Python's randomized hashes or on the lines of a file.
 
     >>> import jax.numpy as jnp, numpy as np
     >>> fingerprint({"x": jnp.arange(3.0)}) == fingerprint({"x": np.arange(3.0)})
@@ -54,6 +55,29 @@ def qualified_name(value: Any) -> str:
         name = value.__qualname__
     module = getattr(value, "__module__", None)
     return f"{module}.{name}" if isinstance(module, str) else name
+
+
+def code(function: Any) -> bytes:
+    """A digest of the compiled code of a function, the same wherever its source stands; that of
+    nothing where it has none."""
+    while callable(getattr(function, "__wrapped__", None)):
+        function = function.__wrapped__
+    digest = hashlib.sha256()
+
+    def read(code: types.CodeType) -> None:
+        digest.update(code.co_code + repr(code.co_names).encode())
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                read(constant)
+            elif isinstance(constant, frozenset):
+                digest.update(repr(sorted(map(repr, constant))).encode())
+            else:
+                digest.update(repr(constant).encode())
+
+    compiled = getattr(function, "__code__", None)
+    if isinstance(compiled, types.CodeType):
+        read(compiled)
+    return digest.digest()
 
 
 def _join(kind: str, *parts: bytes | memoryview) -> bytes:
@@ -126,7 +150,7 @@ class _Reader:
             fields = [f for f in dataclasses.fields(value) if f.compare]
             names = [f.name for f in fields if hasattr(value, f.name)]
             parts = [part for name in names for part in (name, getattr(value, name))]
-            return _join("dataclass", kind, *map(self.read, parts))
+            return _join("dataclass", kind, self.called(value), *map(self.read, parts))
         if callable(getattr(value, "__wrapped__", None)):  # jax.jit, jax.custom_jvp, ...
             return _join("wrapper", kind, self.read(value.__wrapped__))
         children, structure = jax.tree.flatten(value, is_leaf=lambda node: node is not value)
@@ -134,7 +158,11 @@ class _Reader:
             node = structure.node_data()
             auxiliary = None if node is None else node[1]
             return _join("node", kind, self.read(auxiliary), *map(self.read, children))
-        return _join("object", kind, name)
+        return _join("object", kind, name, self.called(value))
+
+    def called(self, value: Any) -> bytes:
+        """What an object does when it is called."""
+        return code(type(value).__call__) if self.closures and callable(value) else b""
 
     def function(self, value: types.FunctionType) -> bytes:
         name = qualified_name(value).encode()
@@ -146,7 +174,7 @@ class _Reader:
                 captured.append(cell.cell_contents)
             except ValueError:  # not assigned yet
                 captured.append(None)
-        return _join("function", name, *map(self.captured, captured))
+        return _join("function", name, code(value), *map(self.captured, captured))
 
     def captured(self, value: Any) -> bytes:
         if isinstance(value, list | dict | set | bytearray):

@@ -57,6 +57,16 @@ def test_fingerprint_is_the_same_in_every_process(tmp_path):
     assert fingerprints() == fingerprints()
 
 
+def written(source, line=1):
+    """`fun` as this source at this line of a file says."""
+    names: dict[str, Any] = {"__name__": "script"}
+    exec(compile("\n" * line + source, "script.py", "exec"), names)
+    return names["fun"]
+
+
+SOURCE = "def fun(x):\n    return [(y - 2) ** 2 for y in x if y in {1, 2, 3}]"
+
+
 def equivalent_and_different():
     x = jnp.arange(3.0)
     yield "array bits", x, jnp.arange(3.0), x.at[2].add(1e-15)
@@ -72,6 +82,9 @@ def equivalent_and_different():
     yield "order of a dictionary", {"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 2, "b": 1}
     yield "static field", make(), make(), make(size=11)
     yield "function", relu, relu, scaled
+    yield "edited code", written(SOURCE), written(SOURCE, 9), written(SOURCE.replace("- 2", "- 5"))
+    yield "edited name", written(SOURCE), written(SOURCE), written(SOURCE.replace("in x", "in z"))
+    yield "lambda", lambda x: x + 1, lambda x: x + 1, lambda x: x + 2
     yield "closed-over number", scaled(2.0, []), scaled(2.0, []), scaled(3.0, [])
     yield "closed-over array", scaled(x, []), scaled(+x, []), scaled(x + 1, [])
     yield "closed-over log", scaled(2.0, []), scaled(2.0, [1, 2]), scaled(2, [])

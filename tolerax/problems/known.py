@@ -1,10 +1,8 @@
 """What is known about the points of one function: cache, journal, and points never to be tried."""
 
 import base64
-import functools
 import hashlib
 import os
-import types
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -62,8 +60,7 @@ class Known:
         self._journal = None
         if journal is None:
             return
-        identity = fingerprint((*self._about, code(fun), code(wanted.constraints)))
-        self._journal = Journal(journal, identity, fun)
+        self._journal = Journal(journal, fingerprint(self._about), fun)
         for record in self._journal.records:
             key, nth = record.get("key"), record.get("nth")
             if not isinstance(key, str) or type(nth) is not int:
@@ -148,31 +145,6 @@ def name(x: PyTree, wanted: Wanted) -> str:
         digest.update(f"{leaf.dtype}{leaf.shape}".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()[:32]
-
-
-def code(fun: Any) -> str:
-    """A digest of the compiled code of a function, so that a journal sees an edit. What it calls
-    does not count."""
-    while isinstance(fun, functools.partial) or callable(getattr(fun, "__wrapped__", None)):
-        fun = fun.func if isinstance(fun, functools.partial) else fun.__wrapped__
-    if not isinstance(fun, types.FunctionType | types.MethodType):
-        fun = type(fun).__call__ if callable(fun) else None
-    digest = hashlib.sha256()
-
-    def read(code: types.CodeType) -> None:
-        digest.update(code.co_code + repr(code.co_names).encode())
-        for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):
-                read(constant)
-            elif isinstance(constant, frozenset):
-                digest.update(repr(sorted(map(repr, constant))).encode())
-            else:
-                digest.update(repr(constant).encode())
-
-    compiled = getattr(fun, "__code__", None)
-    if isinstance(compiled, types.CodeType):
-        read(compiled)
-    return digest.hexdigest()
 
 
 def _encoded(ticket: Ticket, row: Row) -> dict[str, Any]:
