@@ -58,6 +58,25 @@ def test_bounds_are_checked_before_the_run():
         tolerax.solve(crossed, solver, START)
 
 
+def test_bounds_are_honoured_inside_jit():
+    @jax.jit
+    def run(x0, upper):
+        # The lower bound is known when this is traced, the upper one is not.
+        problem = Objective(zoo.quadratic, bounds=(2.0, upper))
+        return tolerax.solve(problem, solver, x0, max_steps=300)
+
+    outside = run(jnp.array([-9.0, 1.0]), 5.0)
+    np.testing.assert_allclose(outside.x, [2.0, 2.0])
+    assert outside.success
+    for upper in (1.0, np.nan):
+        assert zoo.name_of(run(jnp.ones(2), upper).status) == "infeasible"
+    for bounds, message in (((2.0, 1.0), "above the upper"), ((np.nan, 1.0), "holds NaN")):
+        with pytest.raises(ValueError, match=message):
+            jax.jit(
+                lambda x, b=bounds: tolerax.solve(Objective(zoo.quadratic, bounds=b), solver, x)
+            )(START)
+
+
 def test_throw_raises_with_the_solution_attached():
     with pytest.raises(SolveError, match="Unbounded") as raised:
         zoo.run(zoo.objective("unbounded"), solver, START, throw=True)

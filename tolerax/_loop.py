@@ -74,6 +74,13 @@ def _begin(
         limits = bounds_like(
             limits, first.constraints, name="constraint_bounds", of="the constraints"
         )
+    finite, possible = tree_all_finite(x0), jnp.array(True)
+    if bounds is not None:
+        # What is traced cannot be refused before the run: x0 is moved into its bounds, and bounds
+        # that nothing satisfies end it.
+        ordered = jax.tree.map(lambda low, high: jnp.all(low <= high), *bounds)
+        possible = jnp.all(jnp.stack(jax.tree.leaves(ordered)))
+        x0 = jax.tree.map(jnp.clip, x0, *bounds)
     state = solver.init(Start(x0, bounds, carry, key, answer, limits))
     dtype = jax.tree.leaves(x0)[0].dtype
     inf = jnp.array(jnp.inf, dtype)
@@ -88,8 +95,8 @@ def _begin(
     best = Best(x0, inf, inf, gradient, inf, inf, inf, carry)
     history = empty_history(size, stride, dtype, solver.record(state))
     zero = jnp.array(0, jnp.result_type(int))
-    finite = tree_all_finite(x0)
     status = Status.where(finite, Status.running, Status.non_finite_start)
+    status = Status.where(possible, status, Status.infeasible)
     false = jnp.array(False)
     return Run(state, best, inf, Work(), history, zero, zero, status, false, Status.running, bounds)
 

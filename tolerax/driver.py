@@ -65,7 +65,8 @@ def solve(
     - `throw`: raise `SolveError` (with the solution attached) unless the status is a success.
 
     Under `jit` and `vmap` the whole run is compiled; callbacks, checkpoints and time limits then
-    raise, `progress` is throttled.
+    raise, `progress` is throttled. A traced x0 outside its bounds, which raises elsewhere, is moved
+    to the nearest point within them.
 
     **Returns:** a `Solution`. Failures are statuses, nothing is raised for them unless `throw`.
 

@@ -83,7 +83,10 @@ class Status(eqx.Enumeration):
     unbounded = (
         "Unbounded: the values fall without limit. Add bounds or a regularizer to the problem."
     )
-    infeasible = "Infeasible: no point that satisfies the constraints was found."
+    infeasible = (
+        "Infeasible: no point that satisfies the constraints was found, or a lower bound is above "
+        "its upper bound, or is NaN."
+    )
     worker_lost = (
         "Workers were lost and could not be replaced (the log says why): give `executor` as a "
         "number of processes or as a callable that makes an executor, and continue from `state`."

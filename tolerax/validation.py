@@ -62,8 +62,10 @@ def check_bounds(
     if bounds is None:
         return None
     lower, upper = bounds_like(bounds, x0, name=name)
-    if is_concrete((lower, upper, x0)):
-        _check_inside(lower, upper, x0, name)
+    given = [_aligned(bounds, x0, which, name, "x0") for which in (0, 1)]
+    # Within jit what is broadcast is traced, but not what was given.
+    if is_concrete((given, x0)):
+        _check_inside(*given, x0, name)
     return lower, upper
 
 
@@ -75,19 +77,9 @@ def bounds_like(
         raise TypeError(
             f"{name} must be a pair (lower, upper) of pytrees like {of} or scalars, got {bounds!r}."
         )
+    given = [_aligned(bounds, tree, which, name, of) for which in (0, 1)]
 
-    def alike(side: PyTree, which: str) -> PyTree:
-        if side is None:
-            raise ValueError(f"{name}: the {which} bound is None: use -inf or inf for no bound.")
-        with contextlib.suppress(ValueError):  # a number may stand for a whole subtree
-            side = jax.tree.map(
-                lambda b, part: b if jnp.ndim(b) else jax.tree.map(lambda _: b, part), side, tree
-            )
-        if jax.tree.structure(side) != jax.tree.structure(tree):
-            raise ValueError(
-                f"{name}: the {which} bound has structure {jax.tree.structure(side)}, {of} has "
-                f"{jax.tree.structure(tree)}: give a scalar or a pytree like {of}."
-            )
+    def broadcast(side: PyTree, which: str) -> PyTree:
         try:
             return jax.tree.map(
                 lambda b, leaf: jnp.broadcast_to(jnp.asarray(b, leaf.dtype), leaf.shape), side, tree
@@ -95,9 +87,26 @@ def bounds_like(
         except ValueError as error:
             raise ValueError(f"{name}: the {which} bound does not fit {of}: {error}") from error
 
-    lower, upper = alike(bounds[0], "lower"), alike(bounds[1], "upper")
-    check_order(lower, upper, name)
+    lower, upper = broadcast(given[0], "lower"), broadcast(given[1], "upper")
+    check_order(*given, name)
     return lower, upper
+
+
+def _aligned(bounds: Any, tree: PyTree, which: int, name: str, of: str) -> PyTree:
+    """One of two bounds as a pytree of the structure of `tree`; leaves as they were given."""
+    side, called = bounds[which], ("lower", "upper")[which]
+    if side is None:
+        raise ValueError(f"{name}: the {called} bound is None: use -inf or inf for no bound.")
+    with contextlib.suppress(ValueError):  # a number may stand for a whole subtree
+        side = jax.tree.map(
+            lambda b, part: b if jnp.ndim(b) else jax.tree.map(lambda _: b, part), side, tree
+        )
+    if jax.tree.structure(side) != jax.tree.structure(tree):
+        raise ValueError(
+            f"{name}: the {called} bound has structure {jax.tree.structure(side)}, {of} has "
+            f"{jax.tree.structure(tree)}: give a scalar or a pytree like {of}."
+        )
+    return side
 
 
 def check_order(lower: PyTree, upper: PyTree, name: str) -> None:
@@ -128,6 +137,7 @@ def _pairs(lower: PyTree, upper: PyTree) -> list:
 def _check_inside(lower: PyTree, upper: PyTree, x0: PyTree, name: str) -> None:
     for (path, (low, high)), x in zip(_pairs(lower, upper), jax.tree.leaves(x0), strict=True):
         x = np.asarray(x)
+        low, high = (np.broadcast_to(side.astype(x.dtype), x.shape) for side in (low, high))
         outside = (x < low) | (x > high)
         if outside.any():
             at = tuple(int(i) for i in np.argwhere(outside)[0])
