@@ -19,8 +19,8 @@ class PointStatus(eqx.Enumeration):
     )
     timed_out = "The evaluation gave no value before its deadline."
     contradicted = (
-        "The residuals contradict a constant of the problem (for instance, the lower-level problem "
-        "has less curvature than `strong_convexity` says)."
+        "What was seen contradicts a constant of the problem (for instance, the lower level has "
+        "less curvature than `strong_convexity` says)."
     )
 
 
@@ -69,8 +69,9 @@ class Status(eqx.Enumeration):
         "needs. Raise its iteration limit or use another inner solver."
     )
     contradicted = (
-        "A constant given for the problem is contradicted by residuals that were seen: correct "
-        "`strong_convexity` (or the constant that the message of the evaluation names)."
+        "A constant given for the problem is contradicted by what was seen in the run: check those "
+        "that `provenance` calls given or proved (of a bilevel problem `strong_convexity` and "
+        "`self_concordance` first), or leave them out to have them estimated."
     )
     non_finite_start = (
         "The start is not finite, or the value or gradient there is not: choose another `x0`."

@@ -54,6 +54,15 @@ def check_start(x0: PyTree) -> PyTree:
     return jax.tree.map(jnp.asarray, x0)
 
 
+def one_dtype(tree: PyTree, name: str) -> None:
+    """Raise for leaves of different dtypes; the tree is called `name`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    dtypes = {_name(path): jnp.result_type(leaf) for path, leaf in leaves}
+    if len(set(dtypes.values())) > 1:
+        listed = ", ".join(f"{name}{path}: {dtype}" for path, dtype in dtypes.items())
+        raise TypeError(f"dtypes differ ({listed}): cast the arrays to one.")
+
+
 def check_bounds(
     bounds: tuple[PyTree, PyTree] | None, x0: PyTree, *, name: str = "bounds"
 ) -> tuple[PyTree, PyTree] | None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import tolerax
 from tests.problems.truth import MAKE, Exact, ask, errors, exact, outcome, small_penalties, some_x
 from tolerax.inner import LBFGS, AcceleratedGradient
+from tolerax.problems import CrossBounds
 from tolerax.problems.constants import constant, proved
 
 NAMES = list(MAKE)
@@ -249,6 +250,72 @@ def test_a_quadratic_that_is_none_is_contradicted():
     solution = tolerax.solve(problem, tolerax.InexactLineSearch(), x, max_steps=50)
     assert solution.status == tolerax.Status.contradicted
     assert not solution.success
+
+
+def ridge(**constants):
+    def cross(y, q, x):
+        root = jnp.exp(0.5 * x)
+        return CrossBounds(root * jnp.linalg.norm(y), root * jnp.linalg.norm(q), 1.0)
+
+    return tolerax.Bilevel(
+        lambda y, x: jnp.sum((y - 1) ** 2),
+        lambda y, x: 0.5 * jnp.sum((y - 2) ** 2) + 0.5 * jnp.exp(x) * jnp.sum(y**2),
+        jnp.zeros(3),
+        **{"strong_convexity": jnp.exp, "self_concordance": 0.0, "cross": cross} | constants,
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "contradicted"),
+    [
+        ({"upper_smoothness": 2.0}, False),
+        ({"upper_smoothness": 1.9}, True),
+        ({"relative_smoothness": lambda x: 1.9 / (1 + jnp.exp(x))}, True),
+        ({"cross": lambda y, q, x: CrossBounds(0.0, jnp.linalg.norm(q), 1.0)}, True),
+        ({"strong_convexity": lambda x: jnp.nan * x}, True),
+        ({"strong_convexity": lambda x: -1 + 0 * x}, True),
+    ],
+)
+def test_given_constants_are_held_against_the_adjoint(wrong, contradicted):
+    problem, x = ridge(**wrong), jnp.array(0.5)
+    for accuracy in (1e-1, 1e-6, 1e-20):
+        status = outcome(ask(problem, x, accuracy, accuracy).status)
+        assert (status == "contradicted") == contradicted
+
+
+@pytest.mark.parametrize(
+    ("constants", "message"),
+    [
+        ({"strong_convexity": -1.0}, "strong_convexity is -1.0: it must be positive"),
+        ({"strong_convexity": proved(np.nan, because="no")}, "strong_convexity is nan"),
+        ({"self_concordance": -1.0}, "self_concordance is -1.0: it must be at least 0"),
+        ({"upper_smoothness": jnp.array([1.0, -2.0])}, "upper_smoothness is"),
+    ],
+)
+def test_numbers_that_no_constant_can_be_are_refused(constants, message):
+    with pytest.raises(ValueError, match=message):
+        ridge(**constants)
+
+
+def test_a_lower_level_out_of_iterations_has_a_status():
+    # The constant is so large that far from the solution there is no bound.
+    problem = ridge(self_concordance=lambda x: 1e3 + x, lower_solver=LBFGS(max_steps=1))
+    search = tolerax.InexactLineSearch(rtol=1e-3)
+    solution = tolerax.solve(problem, search, jnp.array(0.5))
+    assert solution.status == tolerax.Status.inner_failed
+    y, solve = problem.solution_and_report(jnp.array(0.5), tolerax.Accuracy(1e-9, 1e-9))
+    distance = jnp.linalg.norm(y - 2 / (1 + jnp.exp(0.5))) * jnp.sqrt(1 + jnp.exp(0.5))
+    assert outcome(solve.status) == "inaccurate"
+    assert distance <= solve.error
+
+
+def test_mixed_dtypes_are_refused_by_name():
+    low = jnp.zeros(3, jnp.float32)
+    with pytest.raises(TypeError, match=r"y0\['a'\]: float32, y0\['b'\]: float64"):
+        tolerax.Bilevel(lambda y, x: x, lambda y, x: x, {"a": low, "b": jnp.zeros(2)})
+    query = tolerax.Query(jnp.float32(1.0), tolerax.Accuracy(1.0, 1.0))
+    with pytest.raises(TypeError, match=r"x0.*: float32, .*y0.*: float64"):
+        ridge().evaluate(query)
 
 
 def test_a_third_derivative_claimed_too_small_along_a_direction_is_contradicted():

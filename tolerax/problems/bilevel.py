@@ -13,7 +13,7 @@ from tolerax.inner.krylov import CG
 from tolerax.inner.minimizers import Minimizer, NewtonCG
 from tolerax.problems.constants import Proved
 from tolerax.problems.energy import Energy, Euclidean
-from tolerax.problems.implicit import BackwardReport, Implicit
+from tolerax.problems.implicit import BackwardReport, Implicit, Solved
 from tolerax.problems.norms import CrossBounds as CrossBounds
 
 Constant = float | Array | Callable | Proved | None
@@ -86,14 +86,15 @@ class Bilevel(Problem):
     - `bounds`: pair of pytrees like x, or scalars.
     - `lower_solver`: [`NewtonCG`][], [`LBFGS`][] or [`AcceleratedGradient`][] of `tolerax.inner`.
     - `adjoint_solver`: [`CG`][].
-    - `preconditioner`: callable (y, x) -> pytree like y, a diagonal that resembles H.
+    - `preconditioner`: callable (y, x) -> pytree like y, a diagonal that resembles H; for linear
+      solves, hence not for the lower level where [`LBFGS`][] or [`AcceleratedGradient`][] solve it.
     - `recycle`: rank of a preconditioner that is learned from the linear solves of a run, of the
       form `D + L L'` with D the strong convexity (see `tolerax.inner.Recycled`): worth its memory
       where the Hessian exceeds D by far along a modest number of directions. The carry holds
       `recycle` vectors like y. 0 for none; not together with `preconditioner`, and without effect
       in the Euclidean norm.
     - `norm`: `"energy"`, or `"euclidean"` for the bounds as published (MAID, arXiv 2308.10098),
-      which are kept for comparisons.
+      which are kept for comparisons and take no account of `cross` and `relative_smoothness`.
 
     A constant is given (plain value), proved (`tolerax.proved`) or estimated (`None`). Estimates
     are measured on the way, cost some Hessian products, and make every bound an estimate.
@@ -174,6 +175,13 @@ class Bilevel(Problem):
     ) -> PyTree:
         """The lower-level solution y(x), differentiable in x; see [`Implicit.solution`][]."""
         return self.oracle.solution(x, accuracy, report)
+
+    def solution_and_report(
+        self, x: PyTree, accuracy: Accuracy, report: BackwardReport | None = None
+    ) -> tuple[PyTree, Solved]:
+        """The same with how the forward solve went: `status` and the bound `error` on the distance
+        to the solution, which a solve that ran out of iterations leaves above what was asked."""
+        return self.oracle.solution_and_report(x, accuracy, report)
 
     def evaluate(self, query: Query) -> Evaluation:
         return self.oracle.evaluate(query)

@@ -4,8 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
+import numpy as np
 
 from tolerax._quantities import Origin
+from tolerax.validation import is_concrete
 
 
 class Proved(eqx.Module):
@@ -32,6 +35,22 @@ def constant(value: Any, *arguments: Any) -> Any:
     if isinstance(value, Proved):
         value = value.value
     return value(*arguments) if isinstance(value, Callable) else value
+
+
+def check_constant(name: str, value: Any, positive: bool = False) -> None:
+    """Raise for a constant that is a number, and one that it cannot be."""
+    value = value.value if isinstance(value, Proved) else value
+    if value is None or callable(value) or not is_concrete(value):
+        return
+    for leaf in jax.tree.leaves(value):
+        try:
+            numbers = np.asarray(leaf, float)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} is {leaf!r}: give a number or a callable of x.") from error
+        # NaN is neither.
+        if not np.all(numbers > 0 if positive else numbers >= 0):
+            kind = "positive" if positive else "at least 0"
+            raise ValueError(f"{name} is {leaf}: it must be {kind}, or None to be estimated.")
 
 
 def origin(value: Any) -> Origin:

@@ -1,6 +1,7 @@
 """State and adjoint solves for lower levels that minimize a strongly convex function."""
 
 import abc
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +16,7 @@ from tolerax.inner.estimates import largest_singular_value, smallest_eigenvalue
 from tolerax.inner.krylov import CG, LinearResult
 from tolerax.inner.minimizers import NO_LIMIT, Limit, Minimizer, Smooth
 from tolerax.inner.recycled import Recycled, blank_factor
-from tolerax.problems.constants import constant, origin
+from tolerax.problems.constants import check_constant, constant, origin
 from tolerax.problems.implicit import Fixed, Solved
 from tolerax.problems.norms import SAFETY, Errors, energy_errors, estimate_cross
 from tolerax.status import PointStatus
@@ -23,6 +24,7 @@ from tolerax.status import PointStatus
 Vector = Float[Array, " n"]
 Scalar = Float[Array, ""]
 LANCZOS_STEPS = 12
+NOT_NEGATIVE = ("self_concordance", "upper_smoothness", "relative_smoothness")
 PAIRS = 16  # directions of a linear solve that the next ones learn from
 
 
@@ -35,6 +37,7 @@ class Known(eqx.Module):
     estimates: dict[str, Array]
     work: Work
     memory: Recycled | None = None
+    possible: Array | bool = True  # no such constant is negative, zero or NaN where it must not be
 
 
 class Minimization(eqx.Module):
@@ -50,6 +53,10 @@ class Minimization(eqx.Module):
     self_concordance_along: Any = None
     relative_smoothness: Any = None
     recycle: int = eqx.field(static=True, default=0)
+
+    def __check_init__(self):
+        for name in ("strong_convexity", *NOT_NEGATIVE):
+            check_constant(name, getattr(self, name), positive=name == "strong_convexity")
 
     @property
     def provenance(self) -> Provenance:
@@ -113,11 +120,13 @@ class Minimization(eqx.Module):
             self_concordance = SAFETY * m
         else:
             self_concordance = at.constant(self.self_concordance).astype(y.dtype)
+        possible = jnp.all(lower_bound > 0) & (self_concordance >= 0)
+        lower_bound = jnp.where(lower_bound > 0, lower_bound, 1)
         memory = None
         if self.recycle:
             memory = Recycled.of(lower_bound, estimates["recycled"], pairs=PAIRS)
         work = Work(hessian_products=products)
-        return Known(lower_bound, self_concordance, estimates, work, memory)
+        return Known(lower_bound, self_concordance, estimates, work, memory, possible)
 
     def smooth(self, at: Fixed, known: Known) -> Smooth:
         """The lower level as a function of the flat y."""
@@ -136,7 +145,7 @@ class Minimization(eqx.Module):
         self, curvature: Scalar, known: Known, third: ArrayLike = 0.0, bent: ArrayLike = 0.0
     ) -> Array:
         """Whether curvature seen along the way contradicts a constant that is not an estimate."""
-        wrong = jnp.array(False)
+        wrong = ~jnp.asarray(known.possible)
         if self.strong_convexity is not None:
             wrong = wrong | (curvature < 0.99)
         if self.self_concordance is not None:
@@ -335,19 +344,28 @@ class Energy(Minimization):
         tiny = jnp.finfo(y.dtype).tiny
         estimates, products = _merged(state.estimates, adjoint.estimates), 0
         smoothness = jnp.full((), jnp.inf, y.dtype)
+        allowed = jnp.full((), jnp.inf, y.dtype)  # for q'J_yy q
         if self.relative_smoothness is not None:
             smoothness = at.constant(self.relative_smoothness).astype(y.dtype)
+            allowed = smoothness * qhq
         if self.upper_smoothness is not None:
-            by_norm = at.constant(self.upper_smoothness) / jnp.min(known.lower_bound)
-            smoothness = jnp.minimum(smoothness, by_norm)
-        if "smoothness" in estimates:
+            by_norm = at.constant(self.upper_smoothness)
+            smoothness = jnp.minimum(smoothness, by_norm / jnp.min(known.lower_bound))
+            allowed = jnp.minimum(allowed, by_norm * jnp.dot(q, q))
+        contradicted = jnp.array(False)
+        given = "given" in (origin(self.upper_smoothness), origin(self.relative_smoothness))
+        if given or "smoothness" in estimates:
             # q = H^-1 grad J is close to a power step for the relative curvature of J.
             gq = jax.jvp(jax.grad(at.cost), (y,), (q,))[1]
-            seen = jnp.abs(jnp.dot(q, gq)) / jnp.maximum(qhq, tiny)
+            bent = jnp.abs(jnp.dot(q, gq))
+            noise = 1e3 * jnp.finfo(y.dtype).eps * jnp.linalg.norm(q) * jnp.linalg.norm(gq)
+            contradicted = ~(bent <= 1.01 * allowed + noise)
+            products += 1
+        if "smoothness" in estimates:
+            seen = bent / jnp.maximum(qhq, tiny)
             smoothness = jnp.maximum(seen, 0.5 * estimates["smoothness"])
             estimates["smoothness"] = smoothness
             smoothness = SAFETY * smoothness
-            products += 1
         if self.cross is None:
             cross, cost = estimate_cross(at, known.lower_bound, y, q)
             products += cost
@@ -370,6 +388,8 @@ class Energy(Minimization):
             errors.from_adjoint + 8 * eps * cross.adjoint * q_norm,
             errors.per_state,
             errors.per_adjoint,
+            contradicted,
+            None if self.cross is None else q_norm,
         )
         return j - jnp.dot(q, r), errors, estimates, Work(hessian_products=products)
 
@@ -415,8 +435,7 @@ class Euclidean(Minimization):
         limit: Limit = NO_LIMIT,
     ) -> Solved:
         mu = jnp.min(known.lower_bound)
-        m = known.self_concordance
-        flat = Known(jnp.full_like(y, mu), m, known.estimates, known.work)
+        flat = dataclasses.replace(known, lower_bound=jnp.full_like(y, mu), memory=None)
         # |r|_{D^-1} = |r| / sqrt(mu) <= sqrt(mu) eps is |r| <= mu eps.
         root = jnp.sqrt(mu)
         hopeless = limit.hopeless
@@ -427,19 +446,14 @@ class Euclidean(Minimization):
 
     def smooth(self, at: Fixed, known: Known) -> Smooth:
         lower = super().smooth(at, known)
-        return ByResidual(
-            lower.value,
-            lower.lower_bound,
-            lower.self_concordance,
-            lower.preconditioner,
-            lower.along,
-        )
+        m, diagonal = lower.self_concordance, lower.preconditioner
+        return ByResidual(lower.value, lower.lower_bound, m, diagonal, lower.along)
 
     def solve_adjoint(
         self, at: Fixed, known: Known, y: Vector, b: Vector, guess: Vector, tolerance: Scalar
     ) -> Solved:
         mu = jnp.min(known.lower_bound)
-        flat = Known(jnp.full_like(y, mu), known.self_concordance, known.estimates, known.work)
+        flat = dataclasses.replace(known, lower_bound=jnp.full_like(y, mu), memory=None)
         residual_only = eqx.tree_at(
             lambda s: s.adjoint_solver, self, CG(self.adjoint_solver.max_steps, quadrature=False)
         )

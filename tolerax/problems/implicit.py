@@ -30,6 +30,7 @@ from tolerax.contracts import (
 from tolerax.inner.metric import Metric
 from tolerax.inner.minimizers import Limit
 from tolerax.status import PointStatus
+from tolerax.validation import one_dtype
 
 Vector = Float[Array, " n"]
 Scalar = Float[Array, ""]
@@ -173,6 +174,7 @@ class Implicit(Problem):
             )
         self.cost = cost
         self.y0 = jax.tree.map(jnp.asarray, y0)
+        one_dtype(self.y0, "y0")
         self.residual = residual
         self.potential = potential
         self.norm = norm
@@ -188,6 +190,7 @@ class Implicit(Problem):
         return Carry(y, jnp.zeros_like(y), self.norm.first_estimates(y))
 
     def evaluate(self, query: Query) -> Evaluation:
+        one_dtype({"x0": query.x, "y0": self.y0}, "")
         if query.mask is None:
             carry = self.cold_start() if query.carry is None else query.carry
             cutoff = jnp.inf if query.cutoff is None else query.cutoff
@@ -244,6 +247,13 @@ class Implicit(Problem):
         parts = Accuracy(errors.from_state, from_adjoint)
         finite = jnp.isfinite(value) & tree_all_finite((gradient, y, q))
         status = _worse(state.status, adjoint.status)
+        wrong = jnp.asarray(errors.contradicted)
+        if errors.adjoint_norm is not None:
+            j_x = jax.grad(lambda x: self.cost(at.unravel(y), at.unravel_x(x)))(at.flat_x)
+            allowed = 1.01 * errors.per_adjoint * errors.adjoint_norm
+            rounding = 1e3 * eps * (at.dual_x(j_x) + at.dual_x(gradient))
+            wrong = wrong | ~(at.dual_x(gradient - j_x) <= allowed + rounding)
+        status = PointStatus.where(wrong, PointStatus.contradicted, status)
         status = PointStatus.where(finite, status, PointStatus.failed)
         new = Carry(y, q, estimates)
         # A failed point must not spoil the next warm start.

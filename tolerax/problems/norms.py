@@ -53,7 +53,9 @@ class Errors(eqx.Module):
     """Bounds on the errors of value and gradient; `from_state + from_adjoint` bounds the latter.
 
     `per_state` and `per_adjoint`: how much of an error in the linearized state, and in its adjoint,
-    a product with the Hessian can show.
+    a product with the Hessian can show. `contradicted`: what was seen contradicts a constant.
+    `adjoint_norm`: that of the adjoint q, where `|F_x' q|_2 <= per_adjoint * adjoint_norm` is
+    claimed and no estimate.
     """
 
     value: Scalar
@@ -61,6 +63,8 @@ class Errors(eqx.Module):
     from_adjoint: Scalar
     per_state: Scalar
     per_adjoint: Scalar
+    contradicted: Array | bool = False
+    adjoint_norm: Scalar | None = None
 
 
 def energy_errors(

@@ -157,8 +157,8 @@ class IntervalSearch(Solver):
             evaluation.carry,
         )
         status = evaluation.status
-        # A bound that is not a number bounds nothing.
-        failed = is_failed(status) | ~jnp.isfinite(told.z_error + told.f_error)
+        # An infinite bound asks for more accuracy; one that is not a number bounds nothing.
+        failed = is_failed(status) | jnp.isnan(told.z_error + told.f_error)
         converged = (
             Status.converged if evaluation.provenance.certified else Status.converged_estimated
         )
@@ -250,6 +250,9 @@ class IntervalSearch(Solver):
         state = _replace(state, now=now, scale=scale, f_scale=f_scale)
         # Before anything is concluded from the gradient of a failed point, which may well be 0.
         state = _finish_if(state, failed & first, Status.non_finite_start)
+        if not self.adaptive:
+            boundless = told.z_error + told.f_error == jnp.inf
+            state = _finish_if(state, boundless & ~failed, failure(answer.status))
         return state, Todo(jnp.array(True), stuck, jnp.zeros((), told.x.dtype))
 
     def _plan(self, state: SearchState, answer: Answer) -> SearchState:
@@ -323,6 +326,9 @@ class IntervalSearch(Solver):
         def scaled(achieved: Array, part: Array, requested: Array) -> Array:
             by_gradient = 0.5 * z_target / jnp.maximum(part, tiny)
             tolerance = achieved * jnp.minimum(by_gradient, by_value)
+            # Infinite bounds do not say by how much.
+            blind = ~jnp.isfinite(achieved + part + now.f_error)
+            tolerance = jnp.where(blind, 0.1 * jnp.minimum(achieved, requested), tolerance)
             return jnp.where(achieved > 0, tolerance, requested)
 
         return Accuracy(
@@ -351,6 +357,8 @@ class IntervalSearch(Solver):
         flat_ok = flat & (jnp.abs(slope_there) <= 0.9 * jnp.abs(slope))
         accept = ~failed & ((gain >= errors) | flat_ok) & (slope < 0)
         unsure = ~failed & ~accept & (gain > rounding) & (state.refinements < 4)
+        # Nothing is known that far away: a shorter step is cheaper than more accuracy.
+        unsure = unsure & (errors < jnp.inf)
         unsure = unsure if self.adaptive else jnp.array(False)
 
         length = geometry.norm(moved)
