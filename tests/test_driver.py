@@ -15,8 +15,8 @@ import tolerax
 from benchmarks.timing import compilations
 from tests.conformance import zoo
 from tolerax import Accuracy, Evaluation, Objective, PointStatus, Query, Solver, Status, Work
-from tolerax.checkpoint import CheckpointError
-from tolerax.errors import SolveError
+from tolerax.checkpoint import Checkpoint, CheckpointError
+from tolerax.errors import EvaluationError, SolveError
 from tolerax.solution import Step
 
 solver = tolerax.HOAG()  # the quickest to compile
@@ -93,6 +93,59 @@ def test_inside_jit_only_what_can_be_compiled_is_allowed():
             inside(**option)
     with pytest.raises(ValueError, match="evaluated by Python code cannot run inside jit"):
         jax.jit(lambda x: zoo.run(zoo.python_objective("quadratic"), solver, x).x)(START)
+
+
+def test_progress_inside_jit_is_started_and_closed_in_every_call():
+    told = []
+
+    class Meter:
+        def start(self, total, description):
+            told.append(("start", total, description))
+
+        def update(self, step, **scalars):
+            told.append(step)
+
+        def close(self, message):
+            told.append("close")
+
+    meter = Meter()
+    run = jax.jit(lambda x: tolerax.solve(bowl(), solver, x, max_steps=7, progress=meter).x)
+    for _ in range(2):
+        told.clear()
+        jax.block_until_ready(run(START))
+        jax.effects_barrier()
+        assert told == [("start", 7, "HOAG"), 7, "close"]
+
+
+@pytest.mark.parametrize("watch", [None, lambda step: None])
+def test_what_compiled_code_raises_has_the_best_point_attached(watch, tmp_path):
+    def simulate(x):
+        if np.sum(x**2) < 4:
+            raise ZeroDivisionError("the mesh tangled")
+        return np.sum(x**2)
+
+    @jax.custom_jvp
+    def fun(x):
+        return jax.pure_callback(simulate, jax.ShapeDtypeStruct((), x.dtype), x)
+
+    fun.defjvp(lambda x, v: (fun(*x), 2 * jnp.dot(x[0], v[0])))
+    path = Checkpoint(tmp_path / "run")
+    with pytest.raises(EvaluationError, match="the mesh tangled") as raised:
+        tolerax.solve(Objective(fun), solver, START, callback=watch, checkpoint=path)
+    best = raised.value.solution
+    assert 4 <= float(best.value) < 16
+    assert int(best.steps) == path.manifest()["step"] > 1
+
+
+def test_an_interrupted_run_is_saved(tmp_path):
+    def interrupt(step):
+        if step.number == 3:
+            raise KeyboardInterrupt
+
+    path = Checkpoint(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        zoo.run(bowl(), solver, START, callback=interrupt, checkpoint=path)
+    assert path.manifest()["step"] == 3
 
 
 def test_inside_jit_limits_and_throw_work():

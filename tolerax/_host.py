@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +19,14 @@ from tolerax.solution import Run, Solution, Step
 from tolerax.status import Status
 
 SLICE_SECONDS = 0.2
+
+
+def _while_running(error: Exception) -> bool:
+    """Whether this was raised by compiled code that ran, for instance in a callback to Python, and
+    not while it was made."""
+    kinds = jax.errors.JaxRuntimeError, eqx.EquinoxRuntimeError
+    # The CPU client of jaxlib makes a ValueError of some.
+    return isinstance(error, kinds) or str(error).startswith("INTERNAL:")
 
 
 class Slices:
@@ -55,14 +64,30 @@ class Slices:
     def advance(self, last: int) -> None:
         """A slice, at most to step `last`."""
         if self.callback is not None:
-            done = _loop.one(self.problem, self.solver, self.run, self.limits)
+            try:
+                done = _loop.one(self.problem, self.solver, self.run, self.limits)
+                done = jax.block_until_ready(done)
+            except Exception as error:
+                if _while_running(error):
+                    raise RaisedError from error
+                raise
             self.run, query, evaluation = done
             self.callback(Step(query, evaluation, self.run))
             return
         tick = time.perf_counter()
         until = last if self.length is None else min(self.number + self.length, last)
-        run = _loop.advance(self.problem, self.solver, self.run, jnp.asarray(until), self.limits)
-        self.run = jax.block_until_ready(run)
+        limits = self.limits
+        try:
+            run = _loop.advance(self.problem, self.solver, self.run, jnp.asarray(until), limits)
+            self.run = jax.block_until_ready(run)
+        except Exception as error:
+            if not _while_running(error):
+                raise
+            if until == self.number + 1:
+                raise RaisedError from error
+            # Once more in smaller slices, to have the best point before it raised.
+            self.length = 1
+            return
         if self.length is not None:
             # The first slice takes longer, since it compiles.
             took = time.perf_counter() - tick
@@ -123,6 +148,10 @@ class Host:
                     return self._end(course.run, Status.worker_lost)
                 except RaisedError as raised:
                     raise self._stopped_by(raised.__cause__, course.run) from raised.__cause__
+                except BaseException:  # Ctrl-C, or a callback that raises
+                    if course.number > self.saved_step:
+                        self._save(course.run)
+                    raise
                 self._report(course)
                 if self._due(course.number):
                     self._save(course.run)

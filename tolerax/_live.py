@@ -7,7 +7,31 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, ArrayLike, Int
 
-from tolerax.progress import Scalars, Silent, resolve
+from tolerax.progress import Progress, Scalars, Silent, resolve
+
+
+class Begun:
+    """Progress of a compiled loop that does not know when it is called: a run begins with its first
+    report."""
+
+    def __init__(self, target: Progress, total: int, description: str):
+        self.target, self.total, self.description = target, total, description
+        self._is_open = False
+
+    def start(self, total: int | None, description: str) -> None:
+        """Nothing: the first update starts."""
+
+    def update(self, step: int, **scalars: float) -> None:
+        """Start if this is the first, then report."""
+        if not self._is_open:
+            self._is_open = True
+            self.target.start(self.total, self.description)
+        self.target.update(step, **scalars)
+
+    def close(self, message: str) -> None:
+        """The next update begins another run."""
+        self._is_open = False
+        self.target.close(message)
 
 
 def report_from_compiled(

@@ -19,6 +19,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from tolerax import _loop
 from tolerax._host import Host
+from tolerax._live import Begun, close_from_compiled
 from tolerax.checkpoint import Checkpoint
 from tolerax.contracts import Problem, Solver
 from tolerax.errors import SolveError
@@ -112,8 +113,12 @@ def solve(
     finish = functools.partial(_finish, problem)
     if traced:
         _refuse_host_features(problem, callback, checkpoint, max_seconds)
-        live = None if isinstance(meter, Silent) else meter
+        live = None
+        if not isinstance(meter, Silent):
+            live = Begun(meter, max_steps, type(solver).__name__)
         run = _loop.advance(problem, solver, run, run.step + max_steps, limits, live)
+        if live is not None:
+            close_from_compiled(live, run.step, _loop.scalars(run))
     else:
         if isinstance(checkpoint, str | os.PathLike):
             checkpoint = Checkpoint(checkpoint)

@@ -29,8 +29,8 @@ class Progress(Protocol):
     - `update(step, **scalars)`: `step` steps are done; scalars such as `value` are named.
     - `close(message)`: the run is over.
 
-    A loop that is compiled whole by its caller (`jax.jit` around `solve`) calls `start` when it is
-    traced, so a second call of the compiled function begins with `update`.
+    A loop that is compiled whole by its caller (`jax.jit` around `solve`) calls `start` with its
+    first `update`, which comes after 20 steps or at the end.
     """
 
     def start(self, total: int | None, description: str) -> None:

@@ -23,7 +23,8 @@ class InexactLineSearch(IntervalSearch):
 
     - `rtol`, `atol`: converged when `|projected gradient| + gradient_error <=
       atol + rtol * |projected gradient at x0|` (Euclidean norms).
-    - `memory`: L-BFGS pairs; 0 gives steepest descent.
+    - `memory`: L-BFGS pairs; 0 gives steepest descent, with first steps of the length of Barzilai
+      and Borwein (*IMA J. Numerical Analysis* 8, 1988).
     - `accuracy`: the first request.
     - `share`: the gradient error asked for, relative to the gradient.
     - `adaptive`: `False` keeps `accuracy` throughout (for comparisons).
@@ -52,9 +53,13 @@ class InexactLineSearch(IntervalSearch):
         self, state: SearchState, z: Float[Array, " n"], free: Array, answer: Answer
     ) -> Direction:
         geometry, pairs = answer.geometry, state.model
-        h = z
         if self.memory:
             h = inverse_product(pairs, z, free, geometry.riesz)
+        else:
+            s, y = self._last(pairs)
+            sy = jnp.dot(s, y)
+            length = jnp.where(sy > 0, geometry.norm(s) ** 2 / jnp.where(sy > 0, sy, 1), 1)
+            h = jnp.where(free, length * geometry.riesz(z), 0)
         expected = geometry.stationarity(state.now.x, state.now.z)
         return Direction(h, pairs.count == 0, jnp.array(True), expected, pairs)
 
