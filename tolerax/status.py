@@ -66,7 +66,8 @@ class Status(eqx.Enumeration):
     )
     inner_failed = (
         "Inner solve failed: the lower-level or state solve did not reach the accuracy that a step "
-        "needs. Raise its iteration limit or use another inner solver."
+        "needs. Raise its iteration limit or use another inner solver; or a preconditioner or a "
+        "`metric` is not positive definite: check its sign."
     )
     contradicted = (
         "A constant given for the problem is contradicted by what was seen in the run: check those "

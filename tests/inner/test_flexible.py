@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tolerax.inner import CG, FGMRES, MINRES, FlexibleCG
+from tolerax.inner import CG, FGMRES, GMRES, MINRES, FlexibleCG
+from tolerax.inner.metric import definite_norm
 
 N = 20
 SEEDS = st.integers(0, 2**32 - 1)
@@ -114,6 +115,35 @@ def test_minres_bounds_the_error_in_the_norm_of_the_preconditioner():
         )
         e = exact - np.asarray(result.x)
         assert np.sqrt(e @ p @ e) <= float(result.error) + 1e-10 <= 1.01 * tolerance + 1e-10
+
+
+@pytest.mark.parametrize("method", [MINRES(), GMRES(restart=N)])
+def test_a_preconditioner_that_is_not_positive_definite_is_no_residual_of_0(method):
+    rng = np.random.default_rng(3)
+    matrix, b = jnp.asarray(symmetric(rng, np.linspace(1.0, 4.0, N))), rng.normal(size=N)
+    diagonal = eqx.filter_jit(
+        lambda p, relative: method(
+            lambda v: matrix @ v,
+            jnp.asarray(b),
+            tolerance=1e-8,
+            relative=relative,
+            preconditioner=lambda r: p * r,
+        )
+    )
+    for p in (-np.ones(N), np.where(np.arange(N) % 3 == 0, -1.0, 1.0), np.zeros(N)):
+        for relative in (0.0, 0.1):
+            result = diagonal(jnp.asarray(p), jnp.asarray(relative))
+            assert not bool(result.converged)
+            assert float(result.error) == np.inf
+    assert bool(diagonal(jnp.ones(N), jnp.asarray(0.0)).converged)
+
+
+def test_rounding_does_not_make_a_norm_infinite():
+    # Products of 1e-160 vanish, and the angle between r and P^-1 r is 1e-6 at the condition 1e12.
+    inverse = 10.0 ** jnp.linspace(-6, 6, N)
+    r = inverse**-0.5 / jnp.linalg.norm(inverse**-0.5)
+    for size in (1.0, 1e-100, 1e-155, 1e-300, 0.0):
+        assert float(definite_norm(size * r, inverse * size * r)) < 1e3
 
 
 @pytest.mark.parametrize("method", [FlexibleCG(), FGMRES(restart=30)])

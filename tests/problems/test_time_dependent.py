@@ -175,6 +175,19 @@ def test_a_batch_of_parameters_one_of_which_has_no_trajectory():
     assert found.work.points == 3
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_preconditioner_of_the_wrong_sign_leaves_nothing_known(symmetric):
+    problem = TimeDependent(
+        lambda t, y, u: u - y,
+        lambda y, x: jnp.sum(y**2),
+        jnp.ones(2),
+        method=ImplicitEuler(2, preconditioner=lambda dt: lambda r: -r, symmetric=symmetric),
+    )
+    found = evaluate(problem, jnp.ones(2), Accuracy(1e-6, 1e-6), 1)
+    assert found.status == PointStatus.inaccurate
+    assert found.gradient_error == found.value_error == np.inf
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -1,5 +1,7 @@
 """Inexact Newton on equations: exact optima, grids, bounds, failing state solves."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import tolerax
 from tests.conformance.zoo import name_of
 from tolerax import InexactNewton, Work
 from tolerax.contracts import Product, exact_evaluation
-from tolerax.inner import Laplacian
+from tolerax.inner import Laplacian, Metric
 from tolerax.problems.library import (
     coefficient_inversion,
     poisson_control,
@@ -109,6 +111,25 @@ def test_a_preconditioner_that_is_not_positive_is_detected():
     solution = tolerax.solve(p.problem, InexactNewton(), p.x0, max_steps=30)
     assert not solution.success
     assert name_of(solution.status) in ("inner_failed", "non_finite_start")
+
+
+class Measured(tolerax.Problem):
+    """`|x - 1|^2 / 2` in a metric."""
+
+    metric: Metric
+    bounds: tuple | None = None
+
+    def evaluate(self, query):
+        left = query.x - 1
+        found = exact_evaluation(left @ left / 2, left, Work(points=1))
+        return dataclasses.replace(found, metric=self.metric)
+
+
+def test_a_metric_of_the_wrong_sign_certifies_nothing():
+    metric = Metric(lambda v: -v, lambda g: -g)
+    solution = tolerax.solve(Measured(metric), tolerax.InexactLineSearch(), jnp.zeros(2))
+    assert name_of(solution.status) == "inner_failed"
+    assert "`metric` is not positive definite" in solution.message
 
 
 @pytest.mark.parametrize("name", ["forcing", "hessian_share"])

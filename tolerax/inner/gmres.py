@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from tolerax.inner.krylov import LinearResult
+from tolerax.inner.metric import definite_norm
 
 Vector = Float[Array, " n"]
 Operator = Callable[[Vector], Vector]
@@ -57,7 +58,8 @@ class GMRES(eqx.Module):
     ) -> LinearResult:
         """Solve until the error is at most `tolerance`, or `relative` times that of the guess.
 
-        - `preconditioner`: callable `r -> P^-1 r`, linear, symmetric and positive definite.
+        - `preconditioner`: callable `r -> P^-1 r`, linear, symmetric and positive definite. Where
+          it is seen not to be, the solve ends with an infinite error.
         """
         dtype, count = b.dtype, jnp.result_type(int)
         inverse = (lambda v: v) if preconditioner is None else preconditioner
@@ -70,7 +72,7 @@ class GMRES(eqx.Module):
                 norm = jnp.linalg.norm(r)
                 return norm, inverse(r / jnp.maximum(norm, tiny))
             z = inverse(r)
-            norm = jnp.sqrt(jnp.maximum(jnp.dot(z, r), 0))
+            norm = definite_norm(r, z)
             return norm, z / jnp.maximum(norm, tiny)
 
         x0 = jnp.zeros_like(b) if guess is None else guess
@@ -79,11 +81,12 @@ class GMRES(eqx.Module):
         wanted = c * jnp.maximum(jnp.asarray(tolerance, dtype), relative * first / c)
 
         def growing(state: tuple) -> Bool[Array, ""]:
-            _, _, _, g, j, steps, closed = state
-            return (jnp.abs(g[j]) > wanted) & (j < m) & (steps < self.max_steps) & ~closed
+            _, _, _, g, j, steps, closed, lost = state
+            going = (jnp.abs(g[j]) > wanted) & (j < m) & (steps < self.max_steps)
+            return going & ~closed & ~lost
 
         def grow(state: tuple) -> tuple:
-            basis, zs, (h, cos, sin), g, j, steps, _ = state
+            basis, zs, (h, cos, sin), g, j, steps, _, _ = state
             w = operator(zs[j])
             # Products with the duals of the basis; rows that are not there yet are zero.
             duals = basis if self._flexible else zs
@@ -94,6 +97,7 @@ class GMRES(eqx.Module):
             w, column = w - basis.T @ again, column + again
             norm, z = size(w)
             closed = ~(jnp.linalg.norm(w) > 10 * eps * before)
+            lost = ~closed & (norm == jnp.inf)
             column = column.at[j + 1].set(norm)
 
             def rotate(i: Array, column: Vector) -> Vector:
@@ -108,7 +112,7 @@ class GMRES(eqx.Module):
             g = g.at[j + 1].set(-sin[j] * g[j]).at[j].set(cos[j] * g[j])
             unit = jnp.where(closed, 0, w / jnp.maximum(norm, tiny))
             basis, zs = basis.at[j + 1].set(unit), zs.at[j + 1].set(jnp.where(closed, 0, z))
-            return basis, zs, (h, cos, sin), g, j + 1, steps + 1, closed
+            return basis, zs, (h, cos, sin), g, j + 1, steps + 1, closed, lost
 
         def cycle(state: tuple) -> tuple:
             x, r, z, norm, steps, cycles, _ = state
@@ -116,15 +120,25 @@ class GMRES(eqx.Module):
             basis = rows.at[0].set(r / jnp.maximum(norm, tiny))
             rotations = (jnp.eye(m, dtype=dtype), jnp.ones(m, dtype), jnp.zeros(m, dtype))
             g = jnp.zeros(m + 1, dtype).at[0].set(norm)
-            begin = (basis, rows.at[0].set(z), rotations, g, jnp.array(0, count), steps, false)
-            _, zs, (h, _, _), g, j, steps, _ = jax.lax.while_loop(growing, grow, begin)
+            begin = (
+                basis,
+                rows.at[0].set(z),
+                rotations,
+                g,
+                jnp.array(0, count),
+                steps,
+                false,
+                false,
+            )
+            _, zs, (h, _, _), g, j, steps, _, lost = jax.lax.while_loop(growing, grow, begin)
             used = jnp.where(jnp.arange(m) < j, g[:m], 0)
             x_new = x + zs[:m].T @ jax.scipy.linalg.solve_triangular(h, used)
             r_new = b - operator(x_new)
             norm_new, z_new = size(r_new)
+            norm_new = jnp.where(lost, jnp.inf, norm_new)
             better = norm_new < norm
             stuck = ~(norm_new < 0.999 * norm)
-            # Where a product is not finite nothing is known of the operator.
+            # Where a product is not finite, or P not positive definite, nothing is known.
             kept = jnp.where(jnp.isfinite(norm_new), norm, jnp.inf)
             x, r, z = (
                 jnp.where(better, new, old) for new, old in ((x_new, x), (r_new, r), (z_new, z))

@@ -74,7 +74,7 @@ class LinearResult(eqx.Module):
             rounding=zero,
             iterations=iterations,
             products=products,
-            converged=norm <= 1.01 * wanted,
+            converged=(norm <= 1.01 * wanted) & (norm < jnp.inf),
         )
 
 

@@ -1,4 +1,4 @@
-"""Inner products on x other than the Euclidean one."""
+"""Inner products other than the Euclidean one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,24 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
+
+
+def definite_norm(r: Float[Array, " n"], z: Float[Array, " n"]) -> Float[Array, ""]:
+    """`sqrt(r'R^-1 r)` from r and `z = R^-1 r`. Infinite where this shows that R is not positive
+    definite, since then it measures nothing: a wrong sign is no residual of 0.
+
+    >>> import jax.numpy as jnp
+    >>> r = jnp.array([3.0, 4.0])
+    >>> float(definite_norm(r, r)), float(definite_norm(r, -r)), float(definite_norm(0 * r, -r))
+    (5.0, inf, 0.0)
+    """
+    kind = jnp.finfo(r.dtype)
+    square, size = jnp.dot(r, z), jnp.linalg.norm(r)
+    # The angle between r and R^-1 r is right only up to rounding. Squares of less may vanish.
+    wrong = ~(square > 100 * kind.eps * size * jnp.linalg.norm(z))
+    wrong = wrong & (size > kind.tiny**0.5 / kind.eps)
+    return jnp.where(wrong, jnp.inf, jnp.sqrt(jnp.maximum(square, 0)))
 
 
 class Metric(eqx.Module):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from tolerax.inner.krylov import LinearResult
+from tolerax.inner.metric import definite_norm
 
 Vector = Float[Array, " n"]
 Operator = Callable[[Vector], Vector]
@@ -49,7 +50,8 @@ class MINRES(eqx.Module):
     ) -> LinearResult:
         """Solve until the error is at most `tolerance`, or `relative` times that of the guess.
 
-        - `preconditioner`: callable `r -> P^-1 r`, linear, symmetric and positive definite.
+        - `preconditioner`: callable `r -> P^-1 r`, linear, symmetric and positive definite. Where
+          it is seen not to be, the solve ends with an infinite error.
         - `image`: `P^-1 b` where it is known, for a solve without a guess.
         - `exact_residual`: `False` saves a product and a use of the preconditioner: what is
           returned is the norm of the recurrence.
@@ -57,10 +59,10 @@ class MINRES(eqx.Module):
         dtype, count = b.dtype, jnp.result_type(int)
         inverse = (lambda v: v) if preconditioner is None else preconditioner
         c = jnp.min(jnp.asarray(lower_bound, dtype))
-        tiny, eps = jnp.finfo(dtype).tiny, jnp.finfo(dtype).eps
+        tiny = jnp.finfo(dtype).tiny
         r0 = b if guess is None else b - operator(guess)
         z0 = inverse(r0) if image is None or guess is not None else image
-        first = jnp.sqrt(jnp.maximum(jnp.dot(z0, r0), 0))
+        first = definite_norm(r0, z0)
         wanted = c * jnp.maximum(jnp.asarray(tolerance, dtype), relative * first / c)
 
         def unfinished(state: tuple) -> Bool[Array, ""]:
@@ -76,15 +78,15 @@ class MINRES(eqx.Module):
             delta = jnp.dot(z, az)
             v_new = az - (delta / gamma) * v - (gamma / last) * v_old
             z_new = inverse(v_new)
-            square = jnp.dot(z_new, v_new)
-            gamma_new = jnp.sqrt(jnp.maximum(square, 0))
+            gamma_new = definite_norm(v_new, z_new)
+            broken = ~jnp.isfinite(gamma_new)
+            gamma_new = jnp.where(broken, 0, gamma_new)
             alpha = cos * delta - c_old * sin * gamma
             rho = jnp.maximum(jnp.hypot(alpha, gamma_new), tiny)
             above = sin * delta + c_old * cos * gamma
             w_new = (z - s_old * gamma * w_old - above * w) / rho
             c_new, s_new = alpha / rho, gamma_new / rho
             x = x + c_new * eta * w_new
-            broken = ~jnp.isfinite(square) | (square < -100 * eps * jnp.abs(delta * gamma))
             return (
                 x,
                 (v, v_new),
@@ -116,13 +118,13 @@ class MINRES(eqx.Module):
         end = jax.lax.while_loop(unfinished, body, start)
         x, steps = end[0], end[-2]
         x = x if guess is None else guess + x
+        *_, eta, _, broken = end
         if not exact_residual:
             made = steps + (guess is not None)
-            *_, eta, _, broken = end
             norm = jnp.where(broken, jnp.inf, jnp.abs(eta))
             return LinearResult.by_residual(x, r0, norm, first, wanted, c, steps, made)
         # Rounding makes the recurrence drift off: what counts is the residual itself.
         residual = b - operator(x)
-        norm = jnp.sqrt(jnp.maximum(jnp.dot(inverse(residual), residual), 0))
+        norm = jnp.where(broken, jnp.inf, definite_norm(residual, inverse(residual)))
         more = steps + 1 + (guess is not None)
         return LinearResult.by_residual(x, residual, norm, first, wanted, c, steps, more)

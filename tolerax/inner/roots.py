@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from tolerax.inner.gmres import GMRES
+from tolerax.inner.metric import definite_norm
 from tolerax.status import PointStatus
 
 Vector = Float[Array, " n"]
@@ -31,14 +32,8 @@ def root_distance(r_norm: Scalar, c: Scalar, curvature: Scalar) -> Scalar:
 
 
 def dual_size(r: Vector, inverse: Callable[[Vector], Vector] | None) -> Scalar:
-    """`sqrt(r' P^-1 r)`, or the Euclidean norm. Infinite where P is seen not to be positive, since
-    then it measures nothing."""
-    if inverse is None:
-        return jnp.linalg.norm(r)
-    z = inverse(r)
-    square = jnp.dot(r, z)
-    rounding = 100 * jnp.finfo(r.dtype).eps * jnp.linalg.norm(r) * jnp.linalg.norm(z)
-    return jnp.where(square < -rounding, jnp.inf, jnp.sqrt(jnp.maximum(square, 0)))
+    """`sqrt(r' P^-1 r)`, infinite where P is seen not to be positive, or the Euclidean norm."""
+    return jnp.linalg.norm(r) if inverse is None else definite_norm(r, inverse(r))
 
 
 class RootResult(eqx.Module):

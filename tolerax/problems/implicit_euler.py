@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
@@ -80,8 +81,11 @@ class ImplicitEuler(eqx.Module):
         achieved = Accuracy(SAFETY * root * ahead.largest, SAFETY * root * back.largest)
         finite = jnp.isfinite(value + value_error + parts.total) & tree_all_finite(gradient)
         ok = finite & ~ahead.failed
-        inaccurate = (ahead.short & (achieved.state > accuracy.state)) | back.short
-        status = PointStatus.where(inaccurate, PointStatus.inaccurate, PointStatus.ok)
+        # Errors that could not be solved for are not known.
+        known = jnp.isfinite(ahead.largest + back.largest)
+        bounds = (value_error, parts)
+        value_error, parts = jax.tree.map(lambda bound: jnp.where(known, bound, jnp.inf), bounds)
+        status = PointStatus.where(ahead.short | back.short, PointStatus.inaccurate, PointStatus.ok)
         status = PointStatus.where(ok, status, PointStatus.failed)
         hessian = None
         if derivatives > 1:

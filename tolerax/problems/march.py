@@ -167,7 +167,7 @@ class March:
             z,
             tangent.x,
             state.cost + self.running(z, u, t),
-            jnp.maximum(state.largest, jnp.linalg.norm(tangent.x)),
+            jnp.maximum(state.largest, _length(tangent.x, tangent.converged)),
             state.failed | failed,
             state.short | short,
             state.products + products + tangent.products,
@@ -218,7 +218,7 @@ class March:
             dgradient,
             state.correction + self.weight * jnp.dot(q, r),
             state.value_error + bent,
-            jnp.maximum(state.largest, jnp.linalg.norm(tangents.x[-1])),
+            jnp.maximum(state.largest, _length(tangents.x[-1], tangents.converged[-1])),
             state.short | short,
             state.products + products + jnp.sum(tangents.products),
             state.others + self.extra * (tangents.products.size + (self.known is None)),
@@ -369,6 +369,11 @@ class March:
                 lower_gradients=others, hessian_products=products, linear_iterations=products
             )
         return Work(pde_solves=products + others, linear_iterations=products)
+
+
+def _length(error: Vector, known: Bool[Array, ""]) -> Scalar:
+    """The size of an error, infinite where it could not be solved for."""
+    return jnp.where(known, jnp.linalg.norm(error), jnp.inf)
 
 
 def _repeats(series: PyTree, steps: int) -> int:

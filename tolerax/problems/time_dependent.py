@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from tolerax.contracts import Evaluation, Problem, Provenance, Query
-from tolerax.inner.metric import Metric
+from tolerax.inner.metric import Metric, definite_norm
 from tolerax.problems.implicit_euler import ImplicitEuler
 
 Scalar = Float[Array, ""]
@@ -147,4 +147,4 @@ class TimeDependent(Problem):
     def dual_norm(self, g: PyTree) -> Scalar:
         """The norm of gradients."""
         z = g if self.metric is None else self.metric.solve(g)
-        return jnp.sqrt(jnp.maximum(jnp.dot(ravel_pytree(g)[0], ravel_pytree(z)[0]), 0))
+        return definite_norm(ravel_pytree(g)[0], ravel_pytree(z)[0])

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
 from tolerax.contracts import Start
-from tolerax.inner.metric import Metric
+from tolerax.inner.metric import Metric, definite_norm
 from tolerax.status import PointStatus, Status
 
 
@@ -49,7 +49,8 @@ class Box(eqx.Module):
 
 
 class Geometry:
-    """The flat x in the metric of an answer: its own norm for steps, the dual one for gradients."""
+    """The flat x in the metric of an answer: its own norm for steps, the dual one for gradients;
+    infinite where the metric is seen not to be positive definite."""
 
     def __init__(self, metric: Metric | None, box: Box):
         self.metric, self.box = metric, box
@@ -65,13 +66,13 @@ class Geometry:
         if self.metric is None:
             return jnp.linalg.norm(v)
         image = ravel_pytree(self.metric.mv(self.box.unravel(v)))[0]
-        return jnp.sqrt(jnp.maximum(jnp.dot(v, image), 0))
+        return definite_norm(v, image)
 
     def dual(self, z: Float[Array, " n"]) -> Float[Array, ""]:
         """The norm of a derivative."""
         if self.metric is None:
             return jnp.linalg.norm(z)
-        return jnp.sqrt(jnp.maximum(jnp.dot(z, self.riesz(z)), 0))
+        return definite_norm(z, self.riesz(z))
 
     def stationarity(self, x: Float[Array, " n"], z: Float[Array, " n"]) -> Float[Array, ""]:
         """The norm of the projected derivative."""

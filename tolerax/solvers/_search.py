@@ -259,6 +259,8 @@ class IntervalSearch(Solver):
         """Converged, a direction to search along, or a tighter look at the incumbent."""
         now, geometry = state.now, answer.geometry
         measure = geometry.stationarity(now.x, now.z)
+        # Finite derivatives without a finite norm: the metric is not positive definite.
+        state = _finish_if(state, ~jnp.isfinite(measure), Status.inner_failed)
         tolerance = self._tolerance(state)
         holds = measure + now.z_error <= tolerance
         floor = resolution(now.x, *self._last(state.model), geometry.dual)

@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start, Work
 from tolerax.inner.kkt import DenseKKT, KKTSolver
+from tolerax.inner.metric import definite_norm
 from tolerax.solvers._common import Box, failure, resolution, select, success
 from tolerax.solvers._sqp_plan import linear_solver, plan
 from tolerax.solvers._sqp_state import (
@@ -182,7 +183,11 @@ class ExactAugmentedLagrangian(Solver):
         if told.system.price is not None:
             state = replace(state, spent=state.spent + told.system.price)
         error = evaluation.gradient_error.astype(told.x.dtype)
-        failed = is_failed(evaluation.status) | ~jnp.isfinite(told.size + told.f)
+        error = jnp.where(jnp.isnan(error), jnp.inf, error)
+        rows = jnp.concatenate([told.slope, told.left])
+        failed = is_failed(evaluation.status) | ~jnp.isfinite(told.f + jnp.sum(rows))
+        # Finite derivatives without a finite norm: the preconditioner is not positive definite.
+        state = finish_if(state, ~failed & (told.size == jnp.inf), Status.inner_failed)
         first, tiny = state.scale == 0, jnp.finfo(told.x.dtype).tiny
         state = replace(
             state,
@@ -283,7 +288,7 @@ class ExactAugmentedLagrangian(Solver):
         left = c - rows.within(c + y / state.eta[0])
         inverse = system.preconditioner
         z = (slope, left) if inverse is None else inverse(slope, left)
-        size = jnp.sqrt(jnp.maximum(jnp.dot(slope, z[0]) + jnp.dot(left, z[1]), 0))
+        size = definite_norm(jnp.concatenate([slope, left]), jnp.concatenate(z))
         return Told(x, y, f, g, rows, slope, left, z, system, size)
 
     def _measure(self, told: Told) -> Float[Array, ""]:

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from tolerax.contracts import Evaluation, Query, Start, Work, product
+from tolerax.inner.metric import definite_norm
 from tolerax.solvers._common import Geometry
 from tolerax.solvers._search import IntervalSearch
 from tolerax.solvers._search_state import Answer, Direction, Incumbent, SearchState
@@ -240,7 +241,7 @@ class InexactNewton(IntervalSearch):
         unravel = geometry.box.unravel
         inner = lambda r: jnp.where(free, geometry.riesz(r), 0)  # noqa: E731
         s = inner(-z)
-        size = jnp.sqrt(jnp.maximum(jnp.dot(-z, s), 0))
+        size = definite_norm(-z, s)
         zero, tiny, eps = jnp.zeros_like(z), jnp.finfo(z.dtype).tiny, jnp.finfo(z.dtype).eps
         shape = jax.eval_shape(lambda: product(operator, unravel(z), forcing).work)
         no_work = jax.tree.map(lambda n: jnp.zeros(n.shape, n.dtype), shape)
