@@ -20,7 +20,8 @@ class PointStatus(eqx.Enumeration):
     timed_out = "The evaluation gave no value before its deadline."
     contradicted = (
         "What was seen contradicts a constant of the problem (for instance, the lower level has "
-        "less curvature than `strong_convexity` says)."
+        "less curvature than `strong_convexity` says, or an equation is less stable than "
+        "`stability` says)."
     )
 
 
@@ -72,7 +73,8 @@ class Status(eqx.Enumeration):
     contradicted = (
         "A constant given for the problem is contradicted by what was seen in the run: check those "
         "that `provenance` calls given or proved (of a bilevel problem `strong_convexity` and "
-        "`self_concordance` first), or leave them out to have them estimated."
+        "`self_concordance` first, of an equation `stability`), or leave them out to have them "
+        "estimated."
     )
     non_finite_start = (
         "The start is not finite, or the value or gradient there is not: choose another `x0`."

@@ -3,6 +3,7 @@
 import contextlib
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -132,6 +133,18 @@ def check_order(lower: PyTree, upper: PyTree, name: str) -> None:
                     f"{name}{path}: the lower bound {low[at]} at index {at} is above the upper "
                     f"bound {high[at]}: swap or widen them."
                 )
+
+
+def check_like(name: str, found: PyTree, like: PyTree, of: str) -> None:
+    """Raise unless what `name` returns (arrays or their shapes) is a pytree like `like`, which is
+    called `of`, with the same shapes."""
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (found, like)]
+    if jax.tree.structure(found) != jax.tree.structure(like) or shapes[0] != shapes[1]:
+        shown = [eqx.tree_pformat(tree, struct_as_array=True) for tree in (found, like)]
+        raise ValueError(
+            f"{name} returns {shown[0]}, but {of} is {shown[1]}: return a pytree like {of}, with "
+            "the same shapes."
+        )
 
 
 def _pairs(lower: PyTree, upper: PyTree) -> list:

@@ -18,7 +18,7 @@ import pytest
 
 import tolerax
 from tolerax import Accuracy, PDEConstrained, Query
-from tolerax.inner import BiCGStab, Laplacian, NewtonKrylov
+from tolerax.inner import CG, BiCGStab, Laplacian, NewtonKrylov
 from tolerax.problems import CrossBounds, Stability
 from tolerax.status import PointStatus
 
@@ -157,6 +157,47 @@ def test_the_state_is_known_from_far_only_where_stability_holds_everywhere():
     # From there the solver still finds the state.
     away = eqx.tree_at(lambda p: p.y0, problem("semilinear"), far.reshape(N, N))
     assert evaluate(away, Query(CONTROL, Accuracy(1e-6, 1e-8))).status == PointStatus.ok
+
+
+def test_a_stability_that_is_too_large_is_contradicted():
+    # Next to an eigenvalue the adjoint is a thousand times as long as stability 1 allows.
+    shift = float(jnp.sort(LAPLACIAN.eigenvalues.ravel())[1]) + 0.05
+    constants = {"curvature": 0.0, "symmetric": True, "riesz": lambda u: LAPLACIAN.solve}
+    soft = PDEConstrained(
+        lambda y, u: LAPLACIAN.mv(y) - shift * y - u,
+        cost,
+        jnp.zeros((N, N)),
+        **(KNOWN | constants | {"stability": jnp.array(1.0)}),
+    )
+    query = Query(CONTROL, Accuracy(1e-4, 1e-6))
+    assert evaluate(soft, query).status == PointStatus.contradicted
+    # The constant itself: eigenvalues of R^-1 F_y are 1 - shift / lam.
+    c = jnp.min(jnp.abs(1 - shift / LAPLACIAN.eigenvalues))
+    fitting = eqx.tree_at(lambda p: p.norm.stability, soft, c)
+    assert evaluate(fitting, query).status == PointStatus.ok
+
+
+@pytest.mark.parametrize(
+    ("residual", "shown"),
+    [
+        (lambda y, u: (y - u)[:-1], r"f64\[6,7\], but y0 is f64\[7,7\]"),
+        (lambda y, u: (y - u)[..., None], r"f64\[7,7,1\]"),
+        (lambda y, u: {"r": y - u}, r"\{'r': *f64\[7,7\]\}"),
+        (lambda y, u: jnp.sum(y - u), r"f64\[\]"),
+    ],
+)
+def test_a_residual_unlike_the_state_is_named(residual, shown):
+    made = PDEConstrained(residual, cost, jnp.zeros((N, N)))
+    with pytest.raises(ValueError, match=f"residual returns .*{shown}"):
+        made.evaluate(Query(CONTROL, Accuracy(1.0, 1.0)))
+
+
+def test_solvers_and_riesz_maps_of_another_kind_are_named():
+    with pytest.raises(TypeError, match=r"linear_solver is CG.*MINRES"):
+        problem("transport", linear_solver=CG())
+    made = PDEConstrained(transport, cost, CONTROL, riesz=LAPLACIAN.solve)
+    with pytest.raises(TypeError, match=r"riesz returned an array.*lambda u: laplacian.solve"):
+        made.evaluate(Query(CONTROL, Accuracy(1.0, 1.0)))
 
 
 def test_another_linear_solver_does_as_well():

@@ -203,7 +203,18 @@ def test_bad_arguments_are_named(change, error, message):
         TimeDependent(given.pop("vector_field"), given.pop("cost"), given.pop("y0"), **given)
 
 
+@pytest.mark.parametrize(
+    "unlike", [lambda f: f[:-1], lambda f: {"q": f}, lambda f: f[:, None]], ids=["7", "dict", "2d"]
+)
+def test_a_field_unlike_the_state_is_named(unlike):
+    problem = TimeDependent(lambda t, y, u: unlike(u - y), lambda y, x: jnp.sum(y), jnp.ones(3))
+    with pytest.raises(ValueError, match=r"vector_field returns .*, but y0 is f64"):
+        problem.evaluate(Query(jnp.ones(3), Accuracy(1.0, 1.0)))
+
+
 def test_bad_steps_and_controls_are_named():
+    with pytest.raises(TypeError, match=r"method is 'euler': give .* `tolerax.ImplicitEuler"):
+        TimeDependent(field, final, jnp.zeros(2), method="euler")
     with pytest.raises(ValueError, match="steps is 0"):
         ImplicitEuler(0)
     problem = TimeDependent(

@@ -15,6 +15,22 @@ from tolerax.inner.minres import MINRES
 
 Vector = Float[Array, "..."]
 
+#: Matrices of more bytes than this are not made.
+LARGEST = 16 * 2**30
+
+
+def check_size(rows: int, columns: int, dtype: Any, remedy: str) -> None:
+    """Raise before a matrix is made that does not fit into memory."""
+    size = rows * columns * jnp.dtype(dtype).itemsize
+    if size > LARGEST:
+        raise ValueError(
+            f"a matrix of {rows} x {columns} numbers would take {size / 2**30:.0f} GiB, and the "
+            f"limit is {LARGEST / 2**30:.0f}: {remedy}."
+        )
+
+
+PRODUCTS = "use `linear=tolerax.inner.KrylovKKT()`, which needs products only"
+
 
 class KKTSystem(eqx.Module):
     """The operators of
@@ -41,6 +57,7 @@ class KKTSystem(eqx.Module):
     def in_full(self) -> "KKTSystem":
         """The same system with the rows as a matrix."""
         n, m = self.count
+        check_size(m, n, self.dtype, PRODUCTS)
         if m < n:
             matrix = jax.vmap(self.transposed)(jnp.eye(m, dtype=self.dtype))
         else:
@@ -129,6 +146,7 @@ class DenseKKT(KKTSolver):
     def prepare(
         self, system: KKTSystem, working: Bool[Array, " m"], floor: ArrayLike, shift: ArrayLike
     ) -> tuple[Array, Array]:
+        check_size(sum(system.count), sum(system.count), system.dtype, PRODUCTS)
         eye = jnp.eye(system.count[0], dtype=system.dtype)
         h = (
             system.hessian.matrix

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from tolerax.inner.gmres import GMRES
+from tolerax.inner.krylov import CG
 from tolerax.inner.metric import definite_norm
+from tolerax.inner.minres import MINRES
 from tolerax.status import PointStatus
 
 Vector = Float[Array, " n"]
@@ -36,12 +38,26 @@ def dual_size(r: Vector, inverse: Callable[[Vector], Vector] | None) -> Scalar:
     return jnp.linalg.norm(r) if inverse is None else definite_norm(r, inverse(r))
 
 
+def linear_solver_for(given: Any, symmetric: bool) -> Any:
+    """The linear solver that was given, or the one for systems that are symmetric or not."""
+    if given is None:
+        return MINRES() if symmetric else GMRES()
+    if isinstance(given, CG) or not callable(given):
+        raise TypeError(
+            f"linear_solver is {given!r}: give one that takes any system with a preconditioner, "
+            "for instance `tolerax.inner.MINRES()` (symmetric), `GMRES()` or `Direct()`."
+        )
+    return given
+
+
 class RootResult(eqx.Module):
-    """The answer of a root solve: the point, `residual` F(y), `distance` to the root, work."""
+    """The answer of a root solve: the point, `residual` F(y), `distance` to the root, `norms` of
+    the residual at the guess and at the end, work."""
 
     y: Vector
     residual: Vector
     distance: Scalar
+    norms: tuple[Scalar, Scalar]
     evaluations: Int[Array, ""]
     products: Int[Array, ""]
     status: Any
@@ -146,7 +162,8 @@ class NewtonKrylov(eqx.Module):
             )
 
         zero = jnp.array(0, count)
-        start = (y, sized(residual(y)), jnp.array(0.1, y.dtype), zero, zero + 1, zero, zero)
+        begin = sized(residual(y))
+        start = (y, begin, jnp.array(0.1, y.dtype), zero, zero + 1, zero, zero)
         y, (r, norm), _, _, evaluations, products, stuck = jax.lax.while_loop(
             unfinished, newton, start
         )
@@ -155,4 +172,4 @@ class NewtonKrylov(eqx.Module):
         status = PointStatus.where(distance <= tolerance, PointStatus.ok, status)
         finite = jnp.all(jnp.isfinite(r))
         status = PointStatus.where(finite, status, PointStatus.failed)
-        return RootResult(y, r, distance, evaluations, products, status)
+        return RootResult(y, r, distance, (begin[1], norm), evaluations, products, status)

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from tolerax.contracts import Evaluation, Problem, Query, Work
 from tolerax.inner.spectral import Laplacian
 from tolerax.problems.objective import Objective
+from tolerax.validation import check_like
 
 
 class Paired(eqx.Module):
@@ -80,10 +82,16 @@ class FullSpace(Problem):
         whole = Objective(
             Paired(self.cost), constraints=Paired(self.residual), constraint_bounds=(0.0, 0.0)
         )
-        evaluation = whole.evaluate(query)
         if query.mask is not None:
-            return evaluation
-        return dataclasses.replace(evaluation, preconditioner=self.preconditioner(*query.x))
+            return whole.evaluate(query)
+        check_like("residual", jax.eval_shape(self.residual, *query.x), query.x[0], "the state")
+        inverse = self.preconditioner(*query.x)
+        if not callable(getattr(inverse, "mv", None)):
+            raise TypeError(
+                f"preconditioner returned {inverse!r}: return an operator with `mv(a, b)`, for "
+                "instance `MatchedSchur(laplacian, alpha, 0.0)`."
+            )
+        return dataclasses.replace(whole.evaluate(query), preconditioner=inverse)
 
 
 class MatchedSchur(eqx.Module):

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Product, Work, tree_all_finite
-from tolerax.inner.gmres import GMRES
-from tolerax.inner.minres import MINRES
+from tolerax.inner.roots import linear_solver_for
 from tolerax.problems.march import March
 from tolerax.status import PointStatus
 
@@ -55,7 +54,7 @@ class ImplicitEuler(eqx.Module):
     @property
     def linear(self) -> Any:
         """The method for linear systems."""
-        return self.linear_solver or (MINRES() if self.symmetric else GMRES())
+        return linear_solver_for(self.linear_solver, self.symmetric)
 
     def evaluate(
         self, problem: Any, x: PyTree, accuracy: Accuracy, carry: None, derivatives: int

@@ -4,14 +4,15 @@ equation."""
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float, PyTree
 
-from tolerax.inner.gmres import GMRES
-from tolerax.inner.minres import MINRES
-from tolerax.inner.roots import NewtonKrylov
+from tolerax.contracts import Evaluation, Query
+from tolerax.inner.roots import NewtonKrylov, linear_solver_for
 from tolerax.problems.full_space import FullSpace
 from tolerax.problems.implicit import Implicit
 from tolerax.problems.stability import Stability
+from tolerax.validation import check_like
 
 
 class PDEConstrained(Implicit):
@@ -77,7 +78,7 @@ class PDEConstrained(Implicit):
         metric: Any = None,
         bounds: tuple[PyTree, PyTree] | None = None,
     ):
-        linear = linear_solver or (MINRES() if symmetric else GMRES())
+        linear = linear_solver_for(linear_solver, symmetric)
         norm = Stability(
             stability=stability,
             curvature=curvature,
@@ -90,9 +91,21 @@ class PDEConstrained(Implicit):
         )
         super().__init__(cost, y0, residual=residual, norm=norm, metric=metric, bounds=bounds)
 
+    def evaluate(self, query: Query) -> Evaluation:
+        x = query.x
+        if query.mask is not None:
+            x = jax.eval_shape(lambda x: jax.tree.map(lambda leaf: leaf[0], x), x)
+        assert self.residual is not None
+        check_like("residual", jax.eval_shape(self.residual, self.y0, x), self.y0, "y0")
+        return super().evaluate(query)
+
     def full_space(self, preconditioner: Callable[[PyTree, PyTree], Any]) -> FullSpace:
         """The same problem in state and control at once, for [`ExactAugmentedLagrangian`][]; see
         [`FullSpace`][]. Start from `(y0, u0)`."""
-        if self.residual is None or self.bounds is not None:
-            raise ValueError("full_space needs a residual and a control without bounds.")
+        assert self.residual is not None
+        if self.bounds is not None:
+            raise ValueError(
+                f"bounds are {self.bounds!r}, and a full space keeps none: solve the problem "
+                "itself with `InexactNewton` or `InexactLineSearch`, or leave the bounds out."
+            )
         return FullSpace(self.cost, self.residual, preconditioner)

@@ -27,6 +27,7 @@ Inverse = Callable[[Vector], Vector]
 
 INVERSE_STEPS = 3
 LANCZOS_STEPS = 12
+CONTRADICTED = 2.0  # by how much pairs must disagree with a constant; less may be rounding
 NO_LAST_LOOK = {"exact_residual": False}
 
 
@@ -52,7 +53,8 @@ class Stability(eqx.Module):
       solves too. `None`: R is the identity, all norms are Euclidean.
     - `stability`: c with `|F_y e|_{R^-1} >= c |e|_R` near the state. Estimated when `None`: by
       Lanczos steps with a Riesz map, else by inverse iteration (six more linear solves an
-      evaluation, to one digit).
+      evaluation, to one digit). A given one is held against what state and adjoint solves see:
+      corrections twice as long as it allows end the run (`Status.contradicted`).
     - `curvature`: L_F with `|(F_y(y + e) - F_y(y)) w|_{R^-1} <= L_F |e|_R |w|_R`; 0 for a linear
       equation.
     - `smoothness`: L_J with `|J_y(y + e) - J_y(y)|_{R^-1} <= L_J |e|_R`.
@@ -95,6 +97,11 @@ class Stability(eqx.Module):
         if self.riesz is None:
             return None
         apply = self.riesz(at.x)
+        if not callable(apply):
+            raise TypeError(
+                "riesz returned an array: give a callable u -> (r -> R^-1 r), for instance "
+                "`lambda u: laplacian.solve`."
+            )
         return lambda r: ravel_pytree(apply(at.unravel(r)))[0]
 
     def work(self, products: ArrayLike, residuals: ArrayLike = 0, solves: ArrayLike = 0) -> Work:
@@ -196,9 +203,19 @@ class Stability(eqx.Module):
         )
         work = known.work + self.work(solve.products, solve.evaluations, solve.evaluations)
         zero = jnp.zeros((), y.dtype)
-        return Solved(
-            solve.y, solve.residual, solve.distance, zero, work, solve.status, known.estimates
-        )
+        # Between two states the equation is the mean of its derivatives.
+        change = solve.residual - at.residual(y)
+        wrong = self._contradicts(known, solve.y - y, change, solve.norms[0] + solve.norms[1])
+        wrong = wrong & (self.monotone | (known.curvature == 0))
+        status = PointStatus.where(wrong, PointStatus.contradicted, solve.status)
+        return Solved(solve.y, solve.residual, solve.distance, zero, work, status, known.estimates)
+
+    def _contradicts(self, known: KnownStability, e: Vector, r: Vector, size: Scalar) -> Array:
+        """Whether `r = F_y e`, in the dual norm at most `size`, shows that a given stability is too
+        large: `|e|_R` is at least `e'r / |r|_{R^-1}`, and at most `|r|_{R^-1} / c`."""
+        if self.stability is None:
+            return jnp.array(False)
+        return known.stability * jnp.abs(jnp.dot(e, r)) > CONTRADICTED * size**2
 
     def solve_linear(
         self,
@@ -269,6 +286,9 @@ class Stability(eqx.Module):
         solve = self.solve_transpose(at, known, y, b, tolerance, guess=guess)
         status = PointStatus.where(solve.converged, PointStatus.ok, PointStatus.inaccurate)
         error = dual_size(solve.residual, self.inverse(at)) / known.stability
+        r = b - solve.residual
+        wrong = self._contradicts(known, solve.x, r, dual_size(r, self.inverse(at)))
+        status = PointStatus.where(wrong, PointStatus.contradicted, status)
         zero = jnp.zeros((), y.dtype)
         work = self.work(solve.products, solves=1)
         return Solved(solve.x, solve.residual, error, zero, work, status, {})

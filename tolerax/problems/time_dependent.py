@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from tolerax.contracts import Evaluation, Problem, Provenance, Query
 from tolerax.inner.metric import Metric, definite_norm
 from tolerax.problems.implicit_euler import ImplicitEuler
+from tolerax.validation import check_like
 
 Scalar = Float[Array, ""]
 
@@ -42,7 +43,8 @@ class TimeDependent(Problem):
 
     `Accuracy.state` bounds the error of states, `Accuracy.adjoint` that of adjoints (times
     `weight` they are derivatives of the cost by the state), both in the norm that belongs to
-    `weight`, over all times with implicit Euler and at t1 with adaptive steps.
+    `weight`, over all times with implicit Euler. Adaptive steps know the first only, at t1: their
+    gradient is that of the steps that were made, and no adjoint equation is solved.
 
     >>> import equinox as eqx, jax.numpy as jnp, tolerax
     >>> problem = tolerax.TimeDependent(
@@ -108,6 +110,11 @@ class TimeDependent(Problem):
         self.running_cost, self.controls = running_cost, controls
         self.times = (jnp.asarray(times[0], float), jnp.asarray(times[1], float))
         self.method = ImplicitEuler() if method is None else method
+        if not callable(getattr(self.method, "evaluate", None)):
+            raise TypeError(
+                f"method is {method!r}: give a method of steps, for instance "
+                "`tolerax.ImplicitEuler(100)` or `tolerax.AdaptiveSteps()`."
+            )
         self.weight = jnp.asarray(weight, float)
         self.metric = Metric.of(metric)
         self.bounds = bounds
@@ -121,6 +128,7 @@ class TimeDependent(Problem):
 
     def evaluate(self, query: Query) -> Evaluation:
         def point(x: PyTree, accuracy: Any, carry: PyTree) -> Evaluation:
+            self._check_field(x)
             return self.method.evaluate(self, x, accuracy, carry, query.derivatives)
 
         carry = self.cold_start() if query.carry is None else query.carry
@@ -135,6 +143,17 @@ class TimeDependent(Problem):
         answers = eqx.filter_vmap(point)(query.x, accuracy, carry)
         counted = lambda n: jnp.sum(jnp.where(mask, n, 0))  # noqa: E731
         return eqx.tree_at(lambda e: e.work, answers, jax.tree.map(counted, answers.work))
+
+    def control(self, x: PyTree) -> PyTree:
+        """u at the start."""
+        if self.controls is None:
+            return x
+        return jax.tree.map(lambda leaf: leaf[0], self.controls(x))
+
+    def _check_field(self, x: PyTree) -> None:
+        field = lambda x: self.vector_field(self.times[0], self.start(x), self.control(x))  # noqa: E731
+        state = jax.eval_shape(self.start, x)
+        check_like("vector_field", jax.eval_shape(field, x), state, "y0")
 
     def start(self, x: PyTree) -> PyTree:
         """y(t0) as a pytree."""

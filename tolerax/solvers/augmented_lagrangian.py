@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start, Work
-from tolerax.inner.kkt import DenseKKT, KKTSolver
+from tolerax.inner.kkt import PRODUCTS, DenseKKT, KKTSolver, SketchAndProject, check_size
 from tolerax.inner.metric import definite_norm
 from tolerax.solvers._common import Box, failure, resolution, select, success
 from tolerax.solvers._sqp_plan import linear_solver, plan
@@ -96,6 +96,13 @@ class ExactAugmentedLagrangian(Solver):
                 raise ValueError(f"{name} is {value}: it must not be negative.")
         if any(not isinstance(eta, jax.Array) and not float(eta) > 0 for eta in self.eta):  # pyright: ignore[reportArgumentType]
             raise ValueError(f"eta is {self.eta}: both penalties must be positive.")
+        if not isinstance(self.forcing, jax.Array) and not 0 < float(self.forcing) < 1:  # pyright: ignore[reportArgumentType]
+            raise ValueError(f"forcing is {self.forcing}: it must lie between 0 and 1.")
+        if not isinstance(self.linear, KKTSolver | None):
+            raise TypeError(
+                f"linear is {self.linear!r}: give a solver of KKT systems, for instance "
+                "`tolerax.inner.KrylovKKT(tolerax.inner.MINRES())`."
+            )
 
     @property
     def honours_bounds(self) -> bool:
@@ -144,6 +151,10 @@ class ExactAugmentedLagrangian(Solver):
         if not by_gradients:
             second = start.answer(Query(start.x, self.accuracy, start.carry, derivatives=2))
             by_gradients = getattr(second, "hessian", None) is None
+        if by_gradients:
+            check_size(n, n, dtype, "the updates that replace second derivatives need it, give those")
+        elif isinstance(self.linear, DenseKKT | SketchAndProject):
+            check_size(n + m, n + m, dtype, PRODUCTS)
         return SQPState(
             now=now,
             ref=Reference(now, inf, zero, inf),
