@@ -166,3 +166,34 @@ def test_options_are_checked():
         tolerax.ExactAugmentedLagrangian(atol=-1.0)
     with pytest.raises(ValueError, match="eta is"):
         tolerax.ExactAugmentedLagrangian(eta=(0.0, 0.1))
+    with pytest.raises(ValueError, match=r"forcing is 2\.0"):
+        tolerax.ExactAugmentedLagrangian(forcing=2.0)
+    with pytest.raises(TypeError, match=r"linear is MINRES.*KrylovKKT"):
+        tolerax.ExactAugmentedLagrangian(linear=tolerax.inner.MINRES())
+
+
+def test_a_tolerance_below_rounding_ends_at_the_floor():
+    problem = tolerax.Objective(
+        lambda x: jnp.sum(jnp.exp(x)), constraints=lambda x: x @ x, constraint_bounds=(1.0, 1.0)
+    )
+    solver = tolerax.ExactAugmentedLagrangian(atol=1e-12)
+    solution = tolerax.solve(problem, solver, jnp.array([0.7, -0.3, 0.2], jnp.float32))
+    assert bool(solution.status == tolerax.Status.accuracy_floor)
+    assert int(solution.steps) <= 25
+    np.testing.assert_allclose(solution.x, -(3**-0.5), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("solver", "remedy"),
+    [
+        (tolerax.ExactAugmentedLagrangian(second_order=False), "second derivatives"),
+        (tolerax.ExactAugmentedLagrangian(linear=tolerax.inner.DenseKKT()), "KrylovKKT"),
+        (tolerax.ExactAugmentedLagrangian(linear=tolerax.inner.SketchAndProject()), "KrylovKKT"),
+    ],
+)
+def test_a_matrix_that_does_not_fit_into_memory_is_not_made(solver, remedy):
+    problem = tolerax.Objective(
+        lambda x: jnp.sum(x**2), constraints=jnp.sum, constraint_bounds=(1.0, 1.0)
+    )
+    with pytest.raises(ValueError, match=rf"would take 298 GiB.*{remedy}"):
+        tolerax.solve(problem, solver, jnp.ones(200_000))

@@ -54,6 +54,8 @@ class SQPState(eqx.Module):
     blocked: Int[Array, ""]
     steady: Bool[Array, ""]
     overshot: Int[Array, ""]
+    flat: Int[Array, ""]
+    least: Float[Array, ""]
     iterations: Int[Array, ""]
     scale: Float[Array, ""]
     measure: Float[Array, ""]

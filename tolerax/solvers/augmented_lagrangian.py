@@ -31,6 +31,9 @@ from tolerax.solvers._sqp_state import (
 from tolerax.solvers._subproblem import Rows
 from tolerax.status import PointStatus, Status, is_failed
 
+#: Full steps without any effect after which rounding is what is left.
+FLAT = 6
+
 
 class ExactAugmentedLagrangian(Solver):
     """SQP for equality and inequality constraints and bounds, with second derivatives.
@@ -82,7 +85,7 @@ class ExactAugmentedLagrangian(Solver):
     eta: tuple[ArrayLike, ArrayLike] = (1.0, 0.1)
     patience: int = 4
     forcing: ArrayLike = 0.3
-    linear: KKTSolver | None = None
+    linear: Any = None
     multipliers: PyTree[Float[Array, "..."]] | None = None
     second_order: bool = eqx.field(static=True, default=True)
     accuracy: Accuracy = eqx.field(default_factory=lambda: Accuracy(1e-3, 1e-3))
@@ -152,7 +155,7 @@ class ExactAugmentedLagrangian(Solver):
             second = start.answer(Query(start.x, self.accuracy, start.carry, derivatives=2))
             by_gradients = getattr(second, "hessian", None) is None
         if by_gradients:
-            check_size(n, n, dtype, "the updates that replace second derivatives need it, give those")
+            check_size(n, n, dtype, "give second derivatives, which it replaces")
         elif isinstance(self.linear, DenseKKT | SketchAndProject):
             check_size(n + m, n + m, dtype, PRODUCTS)
         return SQPState(
@@ -168,6 +171,8 @@ class ExactAugmentedLagrangian(Solver):
             blocked=count,
             steady=jnp.array(False),
             overshot=count,
+            flat=count,
+            least=inf,
             iterations=count,
             scale=zero,
             measure=inf,
@@ -230,6 +235,10 @@ class ExactAugmentedLagrangian(Solver):
         vague = ~failed & (error > 0.25 * jnp.maximum(measure, 0.5 * tolerance))
         hopeless = vague & (state.refinements >= 12)
         state = finish_if(state, hopeless, failure(evaluation.status))
+        flat = jnp.where(failed | vague, state.flat, self._flat(state, told, merit))
+        state = replace(state, flat=flat, least=jnp.fmin(state.least, told.size))
+        rounding = 1e4 * jnp.finfo(told.x.dtype).eps * state.scale
+        state = finish_if(state, (flat >= FLAT) & (measure <= rounding), Status.accuracy_floor)
         branch = jnp.where(failed, 1, jnp.where(vague, 2, 3))
         told_of = jax.lax.switch(
             jnp.where(state.done, 0, branch),
@@ -311,6 +320,14 @@ class ExactAugmentedLagrangian(Solver):
 
     def _tolerance(self, state: SQPState) -> Float[Array, ""]:
         return jnp.asarray(self.atol + self.rtol * state.scale)
+
+    def _flat(self, state: SQPState, told: Told, merit: Array) -> Array:
+        """How many full steps in a row neither changed the merit, up to rounding, nor left half of
+        the least that was left of the optimality conditions."""
+        ref, eps = state.ref, jnp.finfo(merit.dtype).eps
+        same = jnp.abs(merit - ref.merit) <= 64 * eps * (jnp.abs(told.f) + jnp.abs(ref.merit))
+        same = same & (told.size > 0.5 * state.least)
+        return jnp.where(state.kind == FULL, jnp.where(same, state.flat + 1, 0), state.flat)
 
     # -- trials -----------------------------------------------------------------------------------
 
