@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import tolerax
+from tolerax.inner.lane_adjoint import solve_hessian
+from tolerax.inner.residuals import structured
 from tolerax.problems import BackwardReport, InLanes
 
 pytestmark = pytest.mark.accelerator
@@ -154,10 +156,11 @@ def test_a_ridge_is_the_same_forward_and_backward():
     assert (ends[0] - ends[1]) / 2 == pytest.approx(float(jnp.vdot(slope, step)), rel=1e-5)
 
 
-def test_lanes_that_fail_have_no_gradient_and_say_so():
+@pytest.mark.parametrize("hessian", ["exact", "gauss-newton", "cg"])
+def test_lanes_that_fail_have_no_gradient_and_say_so(hessian):
     A, b, _, _ = lanes()
-    (clean, _), _ = gradient(A, b, START, 0.0)
-    (slope, report), found = gradient(A, b.at[2, 0].set(jnp.nan), START, 0.0)
+    (clean, _), _ = gradient(A, b, START, 0.0, hessian)
+    (slope, report), found = gradient(A, b.at[2, 0].set(jnp.nan), START, 0.0, hessian)
     assert report.failed.tolist() == [0, 0, 1, 0]
     assert np.all(np.asarray(slope)[2] == 0)
     others = [0, 1, 3]
@@ -167,9 +170,17 @@ def test_lanes_that_fail_have_no_gradient_and_say_so():
     # Without a ridge a coefficient with a column of zeros is not determined: no derivative, and no
     # number in its place.
     A = A.at[0, :, 1].set(0.0)
-    (slope, report), _ = gradient(A, b, START, 0.0)
+    (slope, report), _ = gradient(A, b, START, 0.0, hessian)
     assert report.failed.tolist() == [1, 0, 0, 0]
     assert np.all(np.asarray(slope)[0] == 0)
+
+
+def test_conjugate_gradients_that_end_too_early_fail():
+    data, free = lanes()[:2], jnp.ones((LANES, N), bool)
+    options = {"ridge": jnp.zeros(LANES), "free": free, "hessian": "cg", "max_products": 1}
+    solve = solve_hessian(structured(residuals), START, data, START, **options)
+    assert np.all(solve.failed)
+    assert np.all(np.asarray(solve.x) == 0)
 
 
 def test_variables_at_a_bound_do_not_move():

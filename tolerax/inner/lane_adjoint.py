@@ -30,8 +30,8 @@ class LaneSolve(eqx.Module):
     - `residual`: b - H q with the exact H, whichever was solved with. `error`: in the energy norm,
       as far as the residual says it. - `products`: with H (0 where it was factored).
     - `failed`: lanes where that is not finite, or where a direct solve left more than a thousandth
-      of b (and not of rounding alone, which may leave more than b where J is ill-conditioned);
-      their q is 0.
+      of b in the system it was for (and not of rounding alone, which may leave more than b where J
+      is ill-conditioned), or conjugate gradients as much without having converged; their q is 0.
     - `shift`: what was added to the residuals so that w is a minimizer exactly, see
       [`solve_hessian`][]. `None`: nothing.
     """
@@ -42,6 +42,20 @@ class LaneSolve(eqx.Module):
     failed: Bool[Array, " k"]
     products: Int[Array, " k"]
     shift: Float[Array, "k m"] | None = None
+
+
+class _Direct(eqx.Module):
+    """Of a direct solve: q with what it leaves of b under the exact H (`rest`, `error`), and under
+    the matrix that it was for (`own`, `own_error`); lanes in which that matrix is `whole`; and the
+    `shift` of residuals."""
+
+    q: Rows
+    rest: Rows
+    error: Lane
+    whole: Flags
+    shift: Float[Array, "k m"]
+    own: Rows
+    own_error: Lane
 
 
 def solve_hessian(
@@ -98,9 +112,7 @@ def solve_hessian(
         product = jax.linearize(lambda w: jax.vmap(jax.grad(half))(w, data, shift), w)[1]
         return lambda q: b - jnp.where(free, product(q) + ridge[:, None] * q, 0)
 
-    def quick(
-        w: Rows, data: PyTree, b: Rows, ridge: Lane, free: Array
-    ) -> tuple[Rows, Rows, Lane, Flags, Array]:
+    def quick(w: Rows, data: PyTree, b: Rows, ridge: Lane, free: Array) -> _Direct:
         r, J, convex = linear(w, data, ridge, free)
         solve, sound = by_cholesky(convex)
         shift = stationary(w, r, J, ridge, free, solve)
@@ -131,17 +143,16 @@ def solve_hessian(
         state = jax.lax.while_loop(unsettled, refined, (measured(q), whole, 0))
         q, rest, step, size = state[0]
         settled = sound & (size <= enough)
+        true, error = rest, size
         if hessian == "gauss-newton":
-            rest = truly(q)
-            step = solve(rest)
-        return q, rest, energy(rest, step), settled, shift
+            true = truly(q)
+            error = energy(true, solve(true))
+        return _Direct(q, true, error, settled, shift, rest, size)
 
     def energy(b: Rows, q: Rows) -> Lane:
         return jnp.sqrt(jnp.abs(jnp.sum(b * q, axis=1)))
 
-    def direct(
-        w: Rows, data: PyTree, b: Rows, ridge: Lane, free: Array
-    ) -> tuple[Rows, Rows, Lane, Flags, Array]:
+    def direct(w: Rows, data: PyTree, b: Rows, ridge: Lane, free: Array) -> _Direct:
         r, J, convex = linear(w, data, ridge, free)
         eye = jnp.eye(w.shape[1], dtype=w.dtype)[None]
         both = free[:, :, None] & free[:, None, :]
@@ -188,11 +199,12 @@ def solve_hessian(
             return q, step, sound | usable
 
         q, step, whole = jax.lax.cond(jnp.all(sound), lambda: (*found, sound), by_qr)
-        rest = left(q)
+        rest = true = left(q)
+        size = error = energy(rest, step)
         if hessian == "gauss-newton":
-            rest = exactly(w, data, b, ridge, free, shift)(q)
-            step = solve(rest)
-        return q, rest, energy(rest, step), whole, shift
+            true = exactly(w, data, b, ridge, free, shift)(q)
+            error = energy(true, solve(true))
+        return _Direct(q, true, error, whole, shift, rest, size)
 
     def bend(w: Array, data: PyTree, q: Array) -> Array:
         along = lambda w: jax.jvp(lambda w: fun(w, data), (w,), (q,))[1]  # noqa: E731
@@ -208,38 +220,44 @@ def solve_hessian(
             lower_bound=jnp.full_like(b, least),
             tolerance=tolerance,
         )
-        return solved.x, solved.residual, solved.error, solved.products
+        return solved.x, solved.residual, solved.error, solved.products, solved.converged
 
-    shift = whole = None
+    def large(rest: Rows) -> Flags:
+        return jnp.linalg.norm(rest, axis=1) > 1e-3 * jnp.linalg.norm(b, axis=1)
+
+    def outcome(q: Rows, rest: Rows, error: Lane, bad: Flags, products: Array, shift: Any) -> Any:
+        failed = bad | ~jnp.all(jnp.isfinite(q) & jnp.isfinite(rest), axis=1)
+        return LaneSolve(jnp.where(failed[:, None], 0, q), rest, error, failed, products, shift)
+
+    given = (w, data, b, ridge, free)
     if hessian == "cg":
-        q, rest, error, products = jax.vmap(iterative)(w, data, b, ridge, free)
-    else:
-        given = (w, data, b, ridge, free)
-        near = in_blocks(quick, block, sharding, *given)
+        solved = in_blocks(jax.vmap(iterative), block, sharding, *given)
+        q, rest, error, products, converged = solved
+        return outcome(q, rest, error, ~converged & large(rest), products, None)
+    near = in_blocks(quick, block, sharding, *given)
 
-        def again() -> tuple[Rows, Rows, Lane, Flags, Array]:
-            def one(near: tuple, *given: Any) -> tuple[Rows, Rows, Lane, Flags, Array]:
-                return jax.lax.cond(jnp.all(near[3]), lambda: near, lambda: direct(*given))
+    def again() -> _Direct:
+        def one(near: _Direct, *given: Any) -> _Direct:
+            return jax.lax.cond(jnp.all(near.whole), lambda: near, lambda: direct(*given))
 
-            return in_blocks(one, block, sharding, near, *given)
+        return in_blocks(one, block, sharding, near, *given)
 
-        q, rest, error, whole, shift = jax.lax.cond(jnp.all(near[3]), lambda: near, again)
-        products = jnp.zeros(w.shape[0], jnp.result_type(int))
-    failed = ~jnp.all(jnp.isfinite(q) & jnp.isfinite(rest), axis=1)
-    if hessian == "exact":
-        much = jnp.linalg.norm(rest, axis=1) > 1e-3 * jnp.linalg.norm(b, axis=1)
+    found = jax.lax.cond(jnp.all(near.whole), lambda: near, again)
+    much = large(found.own)
 
-        def by_rounding() -> Flags:
-            # Of products, which leaves no error in q; or of the residuals that weigh S as well.
-            size = jnp.abs(jnp.sum(b * q, axis=1))
-            r = jax.vmap(fun)(w, data) + shift
-            bent = jnp.linalg.norm(r * jax.vmap(bend)(w, data, q), axis=1)
-            noise = jnp.finfo(w.dtype).eps * bent
-            return whole & (error <= 1e-3 * jnp.sqrt(size)) & (noise <= 1e-3 * size)
+    def by_rounding() -> Flags:
+        # Of products, which leaves no error in q; or of the residuals that weigh S as well.
+        size = jnp.abs(jnp.sum(b * found.q, axis=1))
+        excused = found.whole & (found.own_error <= 1e-3 * jnp.sqrt(size))
+        if hessian == "gauss-newton":
+            return excused
+        r = jax.vmap(fun)(w, data) + found.shift
+        bent = jnp.linalg.norm(r * jax.vmap(bend)(w, data, found.q), axis=1)
+        return excused & (jnp.finfo(w.dtype).eps * bent <= 1e-3 * size)
 
-        excused = jax.lax.cond(jnp.any(much & whole), by_rounding, lambda: jnp.zeros_like(much))
-        failed = failed | (much & ~excused)
-    return LaneSolve(jnp.where(failed[:, None], 0, q), rest, error, failed, products, shift)
+    rounding = jax.lax.cond(jnp.any(much & found.whole), by_rounding, lambda: jnp.zeros_like(much))
+    products = jnp.zeros(w.shape[0], jnp.result_type(int))
+    return outcome(found.q, found.rest, found.error, much & ~rounding, products, found.shift)
 
 
 def positions(w: Rows, bounds: Any) -> Bool[Array, "k n"]:
