@@ -146,7 +146,9 @@ for count in (1, 8):
     mesh = Mesh(np.array(jax.devices()[:count]), ("experts",))
     sharding = None if count == 1 else NamedSharding(mesh, PartitionSpec("experts"))
     solver = BatchedLevenbergMarquardt(sharding=sharding)
-    rows.append(solved(layer(family, (3, 1), int(sys.argv[2]), solver=solver), soils).u)
+    field = solved(layer(family, (3, 1), int(sys.argv[2]), solver=solver), soils)
+    assert len(field.u.sharding.device_set) == count, field.u.sharding
+    rows.append(field.u)
 np.save(sys.argv[1], rows)
 """
 

@@ -230,6 +230,8 @@ for count in (1, 8):
     (_, found), slope = jax.value_and_grad(minimizers, has_aux=True)(b)
     layer = tolerax.HardConstrained(NETWORK, EQUATION, BOXES, ridge=1e-4, solver=solver)
     field = equinox.filter_jit(layer)(BENT)
+    for spread in (found.w, slope, field.u):
+        assert len(spread.sharding.device_set) == count, spread.sharding
     rows.append(numpy.concatenate([found.w.ravel(), slope.ravel(), field.u.ravel()]))
 numpy.save(sys.argv[1], rows)
 """

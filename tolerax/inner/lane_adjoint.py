@@ -141,7 +141,7 @@ def solve_hessian(
         whole = energy(b, q)
         enough = jnp.finfo(w.dtype).eps ** 0.75 * whole
         state = jax.lax.while_loop(unsettled, refined, (measured(q), whole, 0))
-        q, rest, step, size = state[0]
+        q, rest, _, size = state[0]
         settled = sound & (size <= enough)
         true, error = rest, size
         if hessian == "gauss-newton":

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from tolerax.inner.lane_adjoint import LaneSolve
-from tolerax.inner.levenberg_marquardt import LeastSquaresResult
+from tolerax.inner.levenberg_marquardt import LeastSquaresResult, in_blocks
 from tolerax.inner.residuals import Structured
 from tolerax.inner.rows import gram, times, transposed
 from tolerax.status import PointStatus
@@ -27,17 +28,24 @@ def hold(
     more: PyTree,
     ridge: ArrayLike,
     tolerance: ArrayLike,
+    *,
+    block: int | None = None,
+    sharding: NamedSharding | None = None,
 ) -> tuple[LeastSquaresResult, Float[Array, "k p"]]:
     """From the minimizers without the equations `held(w, more) = 0` to those with them, and their
     multipliers, by Newton's method on the KKT system (Nocedal, Wright, *Numerical Optimization*,
     section 18.1).
 
     Each lane goes on until the step is at most `tolerance` in the energy norm and the equations
-    hold to rounding, or no longer get better; at most 20 steps. Lanes whose equations do not hold
-    to 1e-9 then have the status `inaccurate`.
+    hold to rounding, or no longer get better; at most 20 steps, which count as evaluations. Lanes
+    whose equations do not hold to 1e-9, or to 100 units of rounding in float32, then have the
+    status `inaccurate`.
     """
     ridge = jnp.broadcast_to(jnp.asarray(ridge, found.w.dtype), found.cost.shape)
     eps = jnp.finfo(found.w.dtype).eps
+    # Equations are scaled to about 1: sums of thousands of such terms are rounded by some tens of
+    # eps.
+    holds, exact_enough = jnp.maximum(1e-9, 100 * eps), jnp.maximum(1e-12, 100 * eps)
 
     def lane(w: Array, data: PyTree, more: PyTree, ridge: Array, failed: Array) -> tuple:
         first = jnp.zeros_like(held(w, more))
@@ -46,7 +54,7 @@ def hold(
             _, _, size, length, before, step = state
             fine = (size <= 10 * eps) & (length <= tolerance)
             # Rounding keeps both from falling for ever.
-            stuck = (step > 2) & (size >= 0.5 * before) & (size <= 1e-9) & (length <= tolerance)
+            stuck = (step > 2) & (size >= 0.5 * before) & (size <= holds) & (length <= tolerance)
             return ~(fine | stuck | failed) & (step < STEPS)
 
         def newton(state: tuple) -> tuple:
@@ -66,7 +74,7 @@ def hold(
 
         inf = jnp.array(jnp.inf, w.dtype)
         start = (w, first, inf, inf, inf, 0)
-        w, multipliers, size, length, _, _ = jax.lax.while_loop(unfinished, newton, start)
+        w, multipliers, size, length, _, steps = jax.lax.while_loop(unfinished, newton, start)
 
         def restored(state: tuple) -> tuple:
             w, _, step = state
@@ -77,14 +85,13 @@ def hold(
 
         # What does not converge holds the equations all the same.
         more_steps = lambda s: (s[1] > 10 * eps) & (s[2] < RESTORE) & ~failed  # noqa: E731
-        off = jnp.where(size <= 1e-12, 0, size)
-        w, off, _ = jax.lax.while_loop(more_steps, restored, (w, off, 0))
-        return w, multipliers, jnp.where(off > 0, off, size), length
+        off = jnp.where(size <= exact_enough, 0, size)
+        w, off, others = jax.lax.while_loop(more_steps, restored, (w, off, 0))
+        return w, multipliers, jnp.where(off > 0, off, size), length, steps + others
 
     failed = jax.vmap(lambda s: s == PointStatus.failed)(found.status)
-    w, multipliers, size, length = jax.lax.map(
-        lambda args: lane(*args), (found.w, data, more, ridge, failed)
-    )
+    given = (found.w, data, more, ridge, failed)
+    w, multipliers, size, length, steps = in_blocks(jax.vmap(lane), block, sharding, *given)
     fine = jnp.all(jnp.isfinite(w), axis=1) & jnp.all(jnp.isfinite(multipliers), axis=1) & ~failed
     w = jnp.where(fine[:, None], w, found.w)
     multipliers = jnp.where(fine[:, None], multipliers, 0)
@@ -92,7 +99,7 @@ def hold(
     cost = 0.5 * jnp.sum(rows * rows, axis=1) + 0.5 * ridge * jnp.sum(w * w, axis=1)
 
     def status(old: Any, fine: Array, size: Array, length: Array) -> Any:
-        bad = (size > 1e-9) | (length > tolerance)
+        bad = (size > holds) | (length > tolerance)
         new = PointStatus.where(bad, PointStatus.inaccurate, PointStatus.ok)
         new = PointStatus.where(fine, new, PointStatus.inaccurate)
         return PointStatus.where(old == PointStatus.failed, old, new)
@@ -102,6 +109,7 @@ def hold(
         w=w,
         cost=cost,
         error=jnp.where(failed, found.error, length),
+        evaluations=found.evaluations + steps,
         status=jax.vmap(status)(found.status, fine, size, length),
     )
     return answer, multipliers
@@ -116,6 +124,9 @@ def solve_held(
     b: Rows,
     ridge: ArrayLike,
     rows_held: int,
+    *,
+    block: int | None = None,
+    sharding: NamedSharding | None = None,
 ) -> tuple[LaneSolve, Float[Array, "k p"]]:
     """Solve with the KKT matrices at y = (w, multipliers): the Hessian of the Lagrangian, and the
     derivatives of the equations beside and below it. Residuals are shifted as in
@@ -141,7 +152,8 @@ def solve_held(
         error = jnp.sqrt(jnp.abs(jnp.vdot(rest, _solve(matrix, rest))))
         return q, rest, error, shift, multipliers - y[n:]
 
-    q, rest, error, shift, change = jax.lax.map(lambda args: lane(*args), (y, data, more, b, ridge))
+    given = (y, data, more, b, ridge)
+    q, rest, error, shift, change = in_blocks(jax.vmap(lane), block, sharding, *given)
     failed = ~jnp.all(jnp.isfinite(q) & jnp.isfinite(rest), axis=1)
     failed = failed | (jnp.linalg.norm(rest, axis=1) > 1e-3 * jnp.linalg.norm(b, axis=1))
     products = jnp.zeros(y.shape[0], jnp.result_type(int))

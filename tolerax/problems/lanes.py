@@ -78,6 +78,10 @@ class InLanes(eqx.Module):
         """The distance to a minimizer is a Newton step: an estimate."""
         return Provenance((("curvature", "estimated"),))
 
+    @property
+    def _places(self) -> dict[str, Any]:
+        return {"block": self.solver.block, "sharding": self.solver.sharding}
+
     def first_estimates(self, y: Vector) -> dict[str, Array]:
         """None are carried."""
         del y
@@ -114,6 +118,7 @@ class InLanes(eqx.Module):
         w = y.reshape(at.problem.y0.shape)
         options = {"tolerance": tolerance, "ridge": self.ridge, "bounds": self.bounds}
         options["radius"] = self.radius
+        fun, places = structured(self.residuals), self._places
         if self.held is None:
             found = self.solver(self.residuals, w, at.x, **options)
             y = found.w.ravel()
@@ -122,9 +127,8 @@ class InLanes(eqx.Module):
             n = w.shape[1] - self.rows_held
             # The minimizer without the equations is near the one with them.
             found = self.solver(self.residuals, w[:, :n], data, **options)
-            found, multipliers = hold(
-                structured(self.residuals), self.held, found, data, more, self.ridge, tolerance
-            )
+            given = (found, data, more, self.ridge, tolerance)
+            found, multipliers = hold(fun, self.held, *given, **places)
             y = jnp.concatenate([found.w, multipliers], axis=1).ravel()
         zero = jnp.zeros((), y.dtype)
         status = PointStatus.ok
@@ -145,7 +149,8 @@ class InLanes(eqx.Module):
         change = 0.0
         if self.held is not None:
             data, more = at.x
-            solve, change = solve_held(fun, self.held, w, data, more, b, self.ridge, self.rows_held)
+            given = (w, data, more, b, self.ridge, self.rows_held)
+            solve, change = solve_held(fun, self.held, *given, **self._places)
         else:
             solve = solve_hessian(
                 fun,
@@ -157,8 +162,7 @@ class InLanes(eqx.Module):
                 hessian=self.hessian,
                 tolerance=tolerance,
                 max_products=self.max_products,
-                block=self.solver.block,
-                sharding=self.solver.sharding,
+                **self._places,
             )
         shift = 0.0 if solve.shift is None else solve.shift
         return LaneAdjoint(
