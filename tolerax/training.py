@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from tolerax.checkpoint import Checkpoint, fingerprint
 from tolerax.problems.hard_constrained import Field, HardConstrained, WarmStart
 from tolerax.problems.implicit import BackwardReport
 from tolerax.progress import resolve
-from tolerax.status import is_failed
+from tolerax.status import PointStatus, is_failed
 from tolerax.validation import is_concrete, traced_floats
 
 logger = logging.getLogger("tolerax")
@@ -57,9 +59,10 @@ class TrainingState(eqx.Module):
     - `network`, `optimizer`: weights, and the state of the optimizer. - `warm`: coefficients and
       trust regions of every sample and expert. - `step`, `size`, `begun`: how many steps are done,
       the size of the gradient (averaged) and what it was at the beginning.
-    - `loss`, `gradient`, `tolerance`, `evaluations`, `failed`, `skipped`: of each step; evaluations
-      of residuals within, lanes that failed, forward or backward, and whether the step was left
-      out since its gradient was no number.
+    - `loss`, `gradient`, `tolerance`, `evaluations`, `failed`, `inaccurate`, `skipped`: of each
+      step; evaluations of residuals within, lanes that failed, forward or backward, or belong to a
+      sample that was left out, lanes that did not reach the tolerance, and whether the step was
+      left out since its gradient was no number. - `steps`: for how many there is room.
     """
 
     network: Any
@@ -73,7 +76,12 @@ class TrainingState(eqx.Module):
     tolerance: Float[Array, " steps"]
     evaluations: Int[Array, " steps"]
     failed: Int[Array, " steps"]
+    inaccurate: Int[Array, " steps"]
     skipped: Int[Array, " steps"]
+    steps: int = eqx.field(static=True)
+
+
+HISTORIES = ("loss", "gradient", "tolerance", "evaluations", "failed", "inaccurate", "skipped")
 
 
 class Trained(eqx.Module):
@@ -102,7 +110,7 @@ def train(
     loss: Callable[[Field, PyTree], Any] = residual_loss,
     forcing: Forcing | None = None,
     warm_starts: bool = True,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     progress: Any = None,
     callback: Callable[[TrainingState], Any] | None = None,
 ) -> Trained:
@@ -116,13 +124,17 @@ def train(
     - `warm_starts`: whether a sample starts from its coefficients of the last time, and the first
       time from the mean of those of other samples.
     - `key`: draws batches and collocation points, which change from step to step.
-    - `checkpoint`: where the run is saved; if there is something it goes on from there, and arrives
-      at the same bits as one that was never interrupted. One of another training is refused.
+    - `checkpoint`: a path or [`Checkpoint`][]: where the run is saved; if there is something it goes
+      on from there, and arrives at the same bits as one that was never interrupted. One of another
+      training is refused: every argument must be the same, `steps` too, but for `progress` and
+      `callback`. To train on as long as it pays, give many steps and end by the callback.
     - `progress`: as of [`solve`][]. - `callback(state)`: after each step; `StopIteration` ends the
       run.
 
-    Samples whose loss is no number count nothing; a step whose gradient is not finite all the same
-    is left out and `skipped` says so. Lanes that fail are counted in `failed`.
+    Samples that are not finite, or whose loss is not, are left out of a step, and their lanes count
+    in `failed` with those that fail on their own; a step whose gradient is not finite all the same
+    is left out and `skipped` says so. Lanes that end before the tolerance is reached count in
+    `inaccurate`, and the first of them is logged: derivatives are those of where they ended.
 
     >>> import equinox as eqx, jax, jax.numpy as jnp, optax, tolerax
     >>> x = jnp.linspace(0, 1, 17)
@@ -152,6 +164,8 @@ def train(
             f"steps is {steps} and batch is {batch}: give at least one step, and batches of 1 to "
             f"{count} samples."
         )
+    if isinstance(checkpoint, str | os.PathLike):
+        checkpoint = Checkpoint(checkpoint)
     traced: Any = traced_floats(Forcing() if forcing is None else forcing)
     state = _first(layer, inputs, optimizer, steps, count)
     meter = resolve(progress)
@@ -161,19 +175,24 @@ def train(
     static = eqx.filter(layer.network, eqx.is_inexact_array, inverse=True)
     frozen = (fixed, static)
     # What a run that goes on must have in common with the one that was saved.
-    same = {"training": fingerprint((frozen, inputs, loss, traced, batch, warm_starts, key))}
+    told = (layer, optimizer, inputs, loss, traced, batch, warm_starts, key)
+    same = {"training": fingerprint(told)}
     if checkpoint is not None and checkpoint.exists():
         state, _ = checkpoint.load(state, expect=same)
     try:
         while (step := int(state.step)) < steps:
             state = _step(state, frozen, inputs, key, traced, optimizer, loss, batch, warm_starts)
-            last = {
-                name: float(getattr(state, name)[step])
-                for name in ("loss", "gradient", "tolerance")
-            }
-            meter.update(step + 1, value=last["loss"], **{k: last[k] for k in list(last)[1:]})
+            shown = ("gradient", "tolerance", "failed", "inaccurate")
+            last = {name: float(getattr(state, name)[step]) for name in shown}
+            meter.update(step + 1, value=float(state.loss[step]), **last)
             if int(state.skipped[step]):
                 logger.warning("step %d is left out: its gradient is not finite.", step)
+            if last["inaccurate"] and not np.any(state.inaccurate[:step]):
+                logger.warning(
+                    "step %d: %d lanes did not reach the tolerance %.1e: give the solver more "
+                    "max_steps, or the layer a larger ridge; later ones are counted only.",
+                    *(step, last["inaccurate"], last["tolerance"]),
+                )
             if checkpoint is not None:
                 late = time.monotonic() - saved > checkpoint.every_seconds
                 due = checkpoint.every_steps and (step + 1) % checkpoint.every_steps == 0
@@ -190,8 +209,7 @@ def train(
     finally:
         meter.close(message)
     done = int(state.step)
-    names = ("loss", "gradient", "tolerance", "evaluations", "failed", "skipped")
-    cut = dataclasses.replace(state, **{name: getattr(state, name)[:done] for name in names})
+    cut = dataclasses.replace(state, **{name: getattr(state, name)[:done] for name in HISTORIES})
     network = eqx.combine(state.network, static)
     return Trained(eqx.tree_at(lambda layer: layer.network, layer, network), cut)
 
@@ -202,7 +220,7 @@ def _first(
     weights = eqx.filter(layer.network, eqx.is_inexact_array)
     zeros, whole = jnp.zeros(steps), jnp.zeros(steps, jnp.int32)
     nothing = jnp.zeros(())
-    return TrainingState(
+    state = TrainingState(
         network=weights,
         optimizer=optimizer.init(weights),
         warm=layer.cold_start(count, inputs),
@@ -214,8 +232,35 @@ def _first(
         tolerance=zeros,
         evaluations=whole,
         failed=whole,
+        inaccurate=whole,
         skipped=whole,
+        steps=steps,
     )
+    # A step returns strong types: weak ones would make it compile again.
+    strong = lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype)  # noqa: E731
+    arrays, rest = eqx.partition(state, eqx.is_array)
+    return eqx.combine(jax.tree.map(strong, arrays), rest)
+
+
+def _finite(inputs: PyTree, count: int) -> Bool[Array, " samples"]:
+    """Which samples are."""
+    leaves = [leaf for leaf in jax.tree.leaves(inputs) if eqx.is_inexact_array(leaf)]
+    each = [jnp.all(jnp.isfinite(leaf).reshape(count, -1), axis=1) for leaf in leaves]
+    return jnp.all(jnp.stack([jnp.ones(count, bool), *each]), axis=0)
+
+
+class _Answer(eqx.Module):
+    """Of one batch: mean loss and its gradient, what became of the lanes, the samples that were
+    `asked` for and those among them that `count`."""
+
+    loss: Float[Array, ""]
+    slope: PyTree
+    norm: Float[Array, ""]
+    report: BackwardReport
+    warm: WarmStart
+    lanes: Any
+    asked: Bool[Array, " batch"]
+    count: Bool[Array, " batch"]
 
 
 @eqx.filter_jit
@@ -236,65 +281,96 @@ def _step(
     order = jax.random.permutation(jax.random.fold_in(key, t // per_epoch), count)
     # The last batch of an epoch is filled up with the first samples of its order.
     own = order[(t % per_epoch * batch + jnp.arange(batch)) % count]
-    some = jax.tree.map(lambda leaf: leaf[own], inputs)
-    warm = None
-    if warm_starts:
-        # Samples that were not solved yet start from the mean of those that were.
-        w = state.warm.w
-        solved = jnp.any(w != 0, axis=(1, 2))
-        mean = jnp.sum(w, axis=0) / jnp.maximum(jnp.sum(solved), 1)
-        start = jnp.where(solved[own][:, None, None], w[own], mean[None])
-        warm = WarmStart(start, state.warm.radius[own])
-    tolerance = jnp.where(t == 0, forcing.first, forcing(state.size, state.begun))
-
-    def value(weights: PyTree, report: BackwardReport) -> tuple[Array, tuple]:
-        now = eqx.tree_at(
-            lambda layer: layer.network,
-            layer,
-            eqx.combine(weights, static),
-            is_leaf=lambda leaf: leaf is None,
-        )
-        field = now(
-            some,
-            key=jax.random.fold_in(key, count + t),
-            tolerance=tolerance,
-            warm=warm,
-            report=report,
-        )
-        each = loss(field, some)
-        if jnp.shape(each) != (batch,):
-            raise ValueError(
-                f"loss returned shape {jnp.shape(each)}: give one number for each of the {batch} "
-                "samples."
-            )
-        counts = jnp.isfinite(each)
-        mean = jnp.sum(jnp.where(counts, each, 0)) / jnp.maximum(jnp.sum(counts), 1)
-        return mean, (field.warm, field.lanes)
-
+    finite = _finite(jax.tree.map(lambda leaf: leaf[own], inputs), batch)
+    started = state.begun > 0
+    tolerance = jnp.where(started, forcing(state.size, state.begun), forcing.first)
     blank = BackwardReport.blank(batch * state.warm.w.shape[1])
-    run = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
-    (mean, (new, lanes)), (slope, report) = run(state.network, blank)
-    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(slope)]
-    norm = jnp.sqrt(jnp.sum(jnp.stack(squares)))
+
+    def answer(asked: Bool[Array, " batch"]) -> _Answer:
+        # A weight of 0 does not keep what is not finite out of a gradient: such a sample gives its
+        # place to another one.
+        taken = jnp.where(asked, own, own[jnp.argmax(asked)])
+        some = jax.tree.map(lambda leaf: leaf[taken], inputs)
+        warm = None
+        if warm_starts:
+            # Samples that were not solved yet start from the mean of those that were.
+            w = state.warm.w
+            solved = jnp.any(w != 0, axis=(1, 2))
+            mean = jnp.sum(w, axis=0) / jnp.maximum(jnp.sum(solved), 1)
+            start = jnp.where(solved[taken][:, None, None], w[taken], mean[None])
+            warm = WarmStart(start, state.warm.radius[taken])
+
+        def value(weights: PyTree, report: BackwardReport) -> tuple[Array, tuple]:
+            now = eqx.tree_at(
+                lambda layer: layer.network,
+                layer,
+                eqx.combine(weights, static),
+                is_leaf=lambda leaf: leaf is None,
+            )
+            field = now(
+                some,
+                key=jax.random.fold_in(key, count + t),
+                tolerance=tolerance,
+                warm=warm,
+                report=report,
+            )
+            each = loss(field, some)
+            if jnp.shape(each) != (batch,):
+                raise ValueError(
+                    f"loss returned shape {jnp.shape(each)}: give one number for each of the "
+                    f"{batch} samples."
+                )
+            counts = asked & jnp.isfinite(each)
+            mean = jnp.sum(jnp.where(counts, each, 0)) / jnp.maximum(jnp.sum(counts), 1)
+            return mean, (field.warm, field.lanes, counts)
+
+        run = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+        (mean, (warm, lanes, counts)), (slope, report) = run(state.network, blank)
+        squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(slope)]
+        norm = jnp.sqrt(jnp.sum(jnp.stack(squares)))
+        return _Answer(mean, slope, norm, report, warm, lanes, asked, counts)
+
+    def unsettled(now: _Answer) -> Bool[Array, ""]:
+        fewer = jnp.any(now.count != now.asked)
+        return ~jnp.isfinite(now.norm) & fewer & jnp.any(now.count)
+
+    # Before the first: no number, and nobody asked.
+    like = jax.eval_shape(answer, finite)
+    now = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    nan = jnp.full((), jnp.nan)
+    begin = dataclasses.replace(
+        now, loss=nan.astype(like.loss.dtype), norm=nan.astype(like.norm.dtype), count=finite
+    )
+    now = jax.lax.while_loop(unsettled, lambda now: answer(now.count), begin)
+    slope, norm, lanes = now.slope, now.norm, now.lanes
     fine = jnp.isfinite(norm)
     moves, optimizer_state = optimizer.update(slope, state.optimizer, state.network)
     moved = jax.tree.map(lambda w, m: w + m.astype(w.dtype), state.network, moves)
     chosen = lambda new, old: jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)  # noqa: E731
-    failed = is_failed(lanes.status) | (report.failed > 0)
-    size = jnp.where(t == 0, norm, 0.9 * state.size + 0.1 * norm)
+    kept = jnp.repeat(now.count, state.warm.w.shape[1])
+    failed = is_failed(lanes.status) | (now.report.failed > 0) | ~kept
+    inaccurate = kept & (lanes.status == PointStatus.inaccurate)
+    size = jnp.where(started, 0.9 * state.size + 0.1 * norm, norm)
     size = jnp.where(fine, size, state.size)
     put = lambda row, entry: row.at[t].set(jnp.asarray(entry, row.dtype))  # noqa: E731
+
+    def stored(old: Array, new: Array) -> Array:
+        own_samples = now.count.reshape(-1, *[1] * (new.ndim - 1))
+        return old.at[own].set(jnp.where(own_samples, new, old[own]))
+
     return TrainingState(
         network=chosen(moved, state.network),
         optimizer=chosen(optimizer_state, state.optimizer),
-        warm=jax.tree.map(lambda old, now: old.at[own].set(now), state.warm, new),
+        warm=jax.tree.map(stored, state.warm, now.warm),
         step=t + 1,
         size=size,
-        begun=jnp.where(t == 0, size, state.begun),
-        loss=put(state.loss, mean),
+        begun=jnp.where(started, state.begun, size),
+        loss=put(state.loss, now.loss),
         gradient=put(state.gradient, norm),
         tolerance=put(state.tolerance, tolerance),
         evaluations=put(state.evaluations, jnp.sum(lanes.evaluations)),
         failed=put(state.failed, jnp.sum(failed)),
+        inaccurate=put(state.inaccurate, jnp.sum(inaccurate)),
         skipped=put(state.skipped, ~fine),
+        steps=state.steps,
     )
