@@ -124,8 +124,8 @@ def train(
     - `warm_starts`: whether a sample starts from its coefficients of the last time, and the first
       time from the mean of those of other samples.
     - `key`: draws batches and collocation points, which change from step to step.
-    - `checkpoint`: a path or [`Checkpoint`][]: where the run is saved; if there is something it goes
-      on from there, and arrives at the same bits as one that was never interrupted. One of another
+    - `checkpoint`: a path or `Checkpoint`: where the run is saved; if there is something it goes on
+      from there, and arrives at the same bits as one that was never interrupted. One of another
       training is refused: every argument must be the same, `steps` too, but for `progress` and
       `callback`. To train on as long as it pays, give many steps and end by the callback.
     - `progress`: as of [`solve`][]. - `callback(state)`: after each step; `StopIteration` ends the
