@@ -131,6 +131,12 @@ def test_a_bad_lane_fails_alone():
         np.testing.assert_array_equal(result.w[1], w[1])
 
 
+def test_numbers_that_make_no_sense_fail_in_compiled_code_too():
+    data, w = lanes()
+    assert names(solve(SOLVER, RESIDUALS, w, data, ridge=-1.0)) == ["failed"] * LANES
+    assert names(solve(SOLVER, RESIDUALS, w, data, bounds=(3.0, -3.0))) == ["failed"] * LANES
+
+
 def test_ridge_decides_where_the_data_do_not():
     """Two equal columns: without a ridge any split is a minimum, and one is found; with a ridge
     both get the same."""
@@ -194,6 +200,14 @@ def test_bad_input_is_named():
     data, w = lanes()
     with pytest.raises(ValueError, match="block is 0"):
         tolerax.BatchedLevenbergMarquardt(block=0)
+    with pytest.raises(ValueError, match="max_steps is 0"):
+        tolerax.BatchedLevenbergMarquardt(max_steps=0)
+    with pytest.raises(ValueError, match="ridge is -1"):
+        SOLVER(RESIDUALS, w, data, ridge=-1.0)
+    with pytest.raises(ValueError, match=r"residuals returned shape \(3, 3\)"):
+        SOLVER(lambda w, _: jnp.outer(w, w), w)
+    with pytest.raises(TypeError, match="residuals returned float64 for w in float32"):
+        SOLVER(lambda w, _: w * np.ones(N), w.astype("float32"))
     with pytest.raises(ValueError, match="leading axis of lanes"):
         SOLVER(RESIDUALS, w, jax.tree.map(lambda leaf: leaf[0], data))
     with pytest.raises(Exception, match="w"):

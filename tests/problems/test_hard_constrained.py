@@ -256,6 +256,10 @@ def test_boxes_on_a_circle_are_alike_and_have_a_face_more():
     assert around.pairs == ((0, 1), (1, 2), (2, 0))
     assert around.faces[2].tolist() == [0, 11]
     assert not Boxes((12,), (1,), periodic=True).pairs
+    # Along the axis without an overlap there are faces, as long as those who meet there reach.
+    assert boxes.pairs == ((0, 1), (2, 3), (4, 5))
+    assert boxes.faces[0].tolist() == sorted(8 * i + j for i in (10, 11, *range(6)) for j in (3, 4))
+    assert not Boxes((12, 8), (3, 2), overlap=2).pairs
 
 
 def test_bad_input_is_named():
@@ -268,6 +272,17 @@ def test_bad_input_is_named():
     random = RandomAssignment((G,), 2, key=jax.random.key(0))
     with pytest.raises(ValueError, match="expert 0 has 3 points for 4 coefficients"):
         layer(points=3)
+    for points in (0, -3):
+        with pytest.raises(ValueError, match=f"points is {points}"):
+            LAYERS["alone"](BENT, points=points)
+    with pytest.raises(ValueError, match="joint experts have 24 points for 27 coefficients"):
+        layer(network=lambda _: jnp.ones((9, G)), router=BLENDED, joint=True)
+    for crooked in (lambda u: jnp.stack([u, u**2]), lambda u: jnp.stack([u, u + 1])):
+        with pytest.raises(ValueError, match="channels are not linear"):
+            layer(Equation(crooked, EQUATION.residual))
+    many = dataclasses.replace(HELD, balance=lambda z, _: z[0])
+    with pytest.raises(ValueError, match="balance returned 24 numbers"):
+        layer(many)
     with pytest.raises(ValueError, match="residual of the equation has shape"):
         layer(matrix)
     with pytest.raises(ValueError, match="channels returned shape"):

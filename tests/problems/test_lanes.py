@@ -205,6 +205,40 @@ def test_a_guess_saves_evaluations_and_changes_no_derivative():
 def test_bad_input_is_named():
     with pytest.raises(Exception, match="hessian"):
         InLanes(residuals, hessian="newton")
+    A, b, _, _ = lanes()
+    fit = functools.partial(tolerax.batched_least_squares, residuals, START, (A, b))
+    with pytest.raises(ValueError, match="ridge is -1"):
+        fit(ridge=-1.0)
+    with pytest.raises(ValueError, match="lower bounds must not be above"):
+        fit(bounds=(3.0, -3.0))
+    with pytest.raises(ValueError, match=r"give BackwardReport.blank\(4\)"):
+        fit(report=BackwardReport.blank(3))
+    with pytest.raises(ValueError, match="ridge is differentiated"):
+        jax.grad(lambda ridge: jnp.sum(fit(ridge=ridge).w))(0.1)
+
+    def closed_over(scale):
+        rows = lambda w, data: scale * residuals(w, data)  # noqa: E731
+        return jnp.sum(tolerax.batched_least_squares(rows, START, (A, b)).w)
+
+    with pytest.raises(ValueError, match="scale in residuals is differentiated"):
+        jax.grad(closed_over)(2.0)
+
+
+def test_data_need_not_be_floats():
+    A, b, _, _ = lanes()
+    (clean, _), _ = gradient(A, b, START, 0.0)
+    # Neither the order of residuals nor their signs change anything.
+    order = jnp.broadcast_to(jnp.arange(M)[::-1], (LANES, M))
+    turned = jnp.broadcast_to(jnp.arange(M) % 2 == 0, (LANES, M))
+
+    def signed(w, data):
+        return jnp.where(data[3], -1, 1) * residuals(w, data[:2])[data[2]]
+
+    def loss(b):
+        data = (A, b, order, turned)
+        return jnp.sum(tolerax.batched_least_squares(signed, START, data).w)
+
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(b), clean, rtol=1e-6, atol=1e-8)
 
 
 DEVICES = """

@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
@@ -13,6 +14,7 @@ from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.lanes import Lanes, Terms, first_lanes, told
 from tolerax.inner.residuals import structured
 from tolerax.status import Status, is_failed
+from tolerax.validation import is_concrete
 
 Lane = Float[Array, " k"]
 Rows = Float[Array, "k n"]
@@ -97,6 +99,8 @@ class BatchedLevenbergMarquardt(Solver):
     def __check_init__(self):
         if self.block is not None and self.block < 1:
             raise ValueError(f"block is {self.block}: give 1 or more lanes, or None.")
+        if isinstance(self.max_steps, int) and self.max_steps < 1:
+            raise ValueError(f"max_steps is {self.max_steps}: give at least 1 evaluation.")
         for name in ("rtol", "atol"):
             value = getattr(self, name)
             if not isinstance(value, jax.Array) and not value >= 0:
@@ -123,15 +127,19 @@ class BatchedLevenbergMarquardt(Solver):
           lengths of the columns of J); infinite by default.
 
         A lane whose start is not finite, or has residuals that are not, fails alone: it keeps its
-        start and the status `failed`.
+        start and the status `failed`. So does one whose ridge is negative, or with a lower bound
+        above the upper one, where compiled code computes them; otherwise these are errors.
         """
         fun = structured(residuals)
         check_lanes(w, data)
+        check_numbers(ridge, tolerance, bounds)
         count = w.shape[0]
         spread = lambda value: jnp.broadcast_to(jnp.asarray(value, w.dtype), (count,))  # noqa: E731
         low, high = (-jnp.inf, jnp.inf) if bounds is None else bounds
         full = lambda value: jnp.broadcast_to(_rows(value, w.dtype), w.shape)  # noqa: E731
         terms = Terms(spread(ridge), full(low), full(high))
+        sensible = (terms.ridge >= 0) & jnp.all(terms.lower <= terms.upper, axis=1)
+        terms = eqx.tree_at(lambda t: t.ridge, terms, jnp.where(sensible, terms.ridge, jnp.nan))
         start = jnp.clip(w, terms.lower, terms.upper)
         radius = jnp.full(count, jnp.inf, w.dtype) if radius is None else radius
         lanes = first_lanes(start, radius)
@@ -276,6 +284,17 @@ def _rows(value: ArrayLike, dtype: Any) -> Array:
     """A bound with the axes of lanes and variables."""
     array = jnp.asarray(value, dtype)
     return array.reshape((1,) * (2 - array.ndim) + array.shape)
+
+
+def check_numbers(ridge: Any, tolerance: Any, bounds: Any) -> None:
+    """Raise for known numbers that make no sense."""
+    for name, value in (("ridge", ridge), ("tolerance", tolerance)):
+        if is_concrete(value) and not np.all(np.asarray(value) >= 0):
+            raise ValueError(f"{name} is {value}: it must not be negative.")
+    if bounds is not None and is_concrete(bounds) and not np.all(np.less_equal(*bounds)):
+        raise ValueError(
+            f"bounds are {bounds}: lower bounds must not be above the upper ones, nor be NaN."
+        )
 
 
 def check_lanes(w: Array, data: PyTree) -> None:

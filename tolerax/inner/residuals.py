@@ -97,11 +97,20 @@ class Plain(eqx.Module):
     fun: Callable[[Any, PyTree], Any]
 
     def __call__(self, w: Vector, data: PyTree) -> Residual:
-        return self.fun(w, data)
+        r = self.fun(w, data)
+        shape, dtype = jnp.shape(r), jnp.result_type(r)
+        if len(shape) != 1:
+            raise ValueError(f"residuals returned shape {shape}: give a vector, (m,), for a lane.")
+        if dtype != w.dtype:
+            raise TypeError(
+                f"residuals returned {dtype} for w in {w.dtype}: cast w, or what residuals depend "
+                "on, so that both are of one type."
+            )
+        return r
 
     def with_jacobian(self, w: Vector, data: PyTree) -> tuple[Residual, Jacobian]:
         """Residuals and their Jacobian."""
-        r, derivative = jax.linearize(lambda w: self.fun(w, data), w)
+        r, derivative = jax.linearize(lambda w: self(w, data), w)
         return r, jax.vmap(derivative, out_axes=1)(jnp.eye(w.size, dtype=w.dtype))
 
     def curvature(self, w: Vector, data: PyTree, r: Residual) -> Square:

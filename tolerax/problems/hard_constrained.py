@@ -17,6 +17,7 @@ from tolerax.inner.residuals import Pointwise, Structured
 from tolerax.problems.implicit import BackwardReport
 from tolerax.problems.lanes import batched_least_squares
 from tolerax.problems.routers import Router
+from tolerax.validation import is_concrete
 
 Grid = Float[Array, "*grid"]
 
@@ -160,12 +161,11 @@ class HardConstrained(eqx.Module):
         hessian: Hessian = "exact",
         solver: BatchedLevenbergMarquardt | None = None,
     ):
-        if points is not None and points < 1:
-            raise ValueError(f"points is {points}: give at least 1 for each expert, or None.")
+        _check_points(points)
         if faces is not None and not router.pairs and router.experts > 1:
             raise ValueError(
                 f"faces is {faces}, and {type(router).__name__} has no faces to tie: use "
-                "Boxes without overlap, or faces=None."
+                "Boxes with an axis without overlap, or faces=None."
             )
         if joint and faces is not None:
             raise ValueError(
@@ -178,6 +178,7 @@ class HardConstrained(eqx.Module):
                 f"everywhere has shape {np.shape(everywhere)}: the router has the grid "
                 f"{router.grid}."
             )
+        _check_linear(equation.channels, router.grid)
         self.network, self.equation, self.router = network, equation, router
         self.points, self.faces, self.ridge = points, faces, ridge
         self.tolerance, self.adjoint_tolerance = tolerance, adjoint_tolerance
@@ -255,8 +256,6 @@ class HardConstrained(eqx.Module):
         outputs = outputs.reshape(b, n, -1)
         basis, Phi = basis.reshape(*basis.shape[:2], -1), Phi.reshape(*Phi.shape[:3], -1)
         data = None if self.equation.data is None else jax.vmap(self.equation.data)(inputs)
-        kinds = _kinds(data)
-        data = _cast(data, [basis.dtype] * len(kinds))
         index, weight = self._collocated(key, points, n, basis.dtype)
 
         def at_points(values: Array, axis: int) -> Array:
@@ -283,7 +282,7 @@ class HardConstrained(eqx.Module):
         )
         fresh = warm is None
         warm = self._started(warm, b, n, basis.dtype)
-        rows = Pointwise(_Rows(self.equation.residual, kinds))
+        rows = Pointwise(_Rows(self.equation.residual))
         options: dict[str, Any] = {
             "tolerance": self.tolerance if tolerance is None else tolerance,
             "adjoint_tolerance": self.adjoint_tolerance,
@@ -303,10 +302,8 @@ class HardConstrained(eqx.Module):
                 faces = jumps * jnp.asarray(self.faces)
             fun = Tied(rows, pairs, groups)
             if self.equation.balance is not None:
-                like = _kinds(inputs)
-                given = _cast(inputs, [basis.dtype] * len(like))
-                whole = (Phi, z0, given, jnp.broadcast_to(shares, (b, *shares.shape)))
-                options["held"] = (_Balance(self.equation.balance, groups, grid, like), whole)
+                whole = (Phi, z0, inputs, jnp.broadcast_to(shares, (b, *shares.shape)))
+                options["held"] = (_Balance(self.equation.balance, groups, grid), whole)
             given = (lanes, faces)
         else:
             fun = rows
@@ -319,7 +316,7 @@ class HardConstrained(eqx.Module):
         u = jnp.einsum("kg,bkg->bg", shares, jnp.einsum("bkn,bng->bkg", w, basis))
         u = u.reshape(b, *grid) + lift
         z = _assembled(shares, w, Phi) + z0
-        residual = self._everywhere(z, data, grid, kinds)
+        residual = self._everywhere(z, data, grid)
         w = w.reshape(b, experts, n)
         left, right = np.asarray(self.router.pairs, int).reshape(-1, 2).T
         apart = jnp.einsum("bpfn,bpn->bpf", jumps, w[:, left] - w[:, right])
@@ -360,6 +357,7 @@ class HardConstrained(eqx.Module):
     ) -> tuple[Int[Array, "k m"] | None, Float[Array, "k m"]]:
         """Collocation points of each expert and their weights: of the mean over its rows. `None`
         for the whole grid in its order: looking that up, and adding its derivatives, takes time."""
+        _check_points(points)
         (own, real), (shared, _) = self.own, self.shared
         most = self.points if points is None else points
         rows = [min(count, most or count) + shared.shape[1] for count in self.counts]
@@ -374,6 +372,12 @@ class HardConstrained(eqx.Module):
             counts, most = (own.shape[1],), None if most is None else most * len(counts)
         drawn = min(own.shape[1], most or own.shape[1])
         total = [min(count, drawn) + shared.shape[1] for count in counts]
+        if self.joint and total[0] < self.router.experts * n:
+            raise ValueError(
+                f"joint experts have {total[0]} points for {self.router.experts * n} coefficients: "
+                f"give them at least as many (more points, fewer experts, or a network with fewer "
+                "outputs)."
+            )
         if len(total) == 1 and drawn == math.prod(self.router.grid):
             return None, jnp.full(own.shape, 1 / math.sqrt(drawn), dtype)
         own, real = jnp.asarray(own), jnp.asarray(real)
@@ -387,12 +391,32 @@ class HardConstrained(eqx.Module):
         weight = jnp.concatenate([real, jnp.ones(both.shape, bool)], axis=1)
         return index, weight / jnp.sqrt(jnp.asarray(total, dtype))[:, None]
 
-    def _everywhere(self, z: Array, data: PyTree, grid: tuple[int, ...], kinds: Any) -> Array:
+    def _everywhere(self, z: Array, data: PyTree, grid: tuple[int, ...]) -> Array:
         """The residual at every point."""
         at = lambda leaf: leaf.reshape(len(z), -1) if leaf.shape[1:] == grid else leaf  # noqa: E731
-        rows = jax.vmap(_Rows(self.equation.residual, kinds))
+        rows = jax.vmap(_Rows(self.equation.residual))
         ones = jnp.ones(z.shape[::2], z.dtype)
         return rows(z, (jnp.zeros_like(z), jax.tree.map(at, data), ones)).reshape(-1, *grid)
+
+
+def _check_points(points: int | None) -> None:
+    if points is not None and points < 1:
+        raise ValueError(f"points is {points}: give at least 1 for each expert, or None.")
+
+
+def _check_linear(channels: Callable, grid: tuple[int, ...]) -> None:
+    """Raise if channels are seen not to be linear, at two fields drawn at random."""
+    u, v = jnp.asarray(np.random.default_rng(0).normal(size=(2, *grid)))
+    apart, both = (channels(u), 2 * channels(v)), channels(u + 2 * v)
+    if not is_concrete((apart, both)):
+        return
+    size = np.abs(apart[0]) + np.abs(apart[1])
+    gap, most = np.max(np.abs(apart[0] + apart[1] - both)), np.max(size)
+    if np.isfinite(most) and not gap <= 1e-3 * most:
+        raise ValueError(
+            "channels are not linear: those of u + 2 v are not those of u and twice those of v. "
+            "Leave products, powers and constants to the residual."
+        )
 
 
 def _safeguarded(fun: Structured, w: Array, radius: Array, data: PyTree) -> tuple[Array, Array]:
@@ -405,15 +429,13 @@ def _safeguarded(fun: Structured, w: Array, radius: Array, data: PyTree) -> tupl
 
 
 class _Rows(eqx.Module):
-    """Weighted residuals of z + z0. Data are floats, of which `kinds` says what they were: masks
-    have no derivative, and what is differentiated must."""
+    """Weighted residuals of z + z0."""
 
     residual: Callable
-    kinds: tuple = eqx.field(static=True)
 
     def __call__(self, z: Array, data: Any) -> Array:
         z0, data, weight = data
-        r = self.residual(z + z0, _cast(data, self.kinds))
+        r = self.residual(z + z0, data)
         if jnp.shape(r) != weight.shape:
             raise ValueError(
                 f"the residual of the equation has shape {jnp.shape(r)} for channels of shape "
@@ -428,25 +450,17 @@ class _Balance(eqx.Module):
     balance: Callable
     experts: int = eqx.field(static=True)
     grid: tuple[int, ...] = eqx.field(static=True)
-    kinds: tuple = eqx.field(static=True)
 
     def __call__(self, w: Array, data: Any) -> Array:
         Phi, z0, inputs, shares = data
-        inputs = _cast(inputs, self.kinds)
         z = _assembled(shares, w.reshape(1, self.experts, -1), Phi[None])[0] + z0
-        return jnp.ravel(self.balance(z.reshape(-1, *self.grid), inputs))
-
-
-def _kinds(tree: PyTree) -> tuple:
-    """The dtypes of the leaves."""
-    return tuple(leaf.dtype for leaf in jax.tree.leaves(tree))
-
-
-def _cast(tree: PyTree, kinds: Any) -> PyTree:
-    """The leaves in these dtypes."""
-    leaves, structure = jax.tree.flatten(tree)
-    cast = [leaf.astype(kind) for leaf, kind in zip(leaves, kinds, strict=True)]
-    return jax.tree.unflatten(structure, cast)
+        rows = jnp.ravel(self.balance(z.reshape(-1, *self.grid), inputs))
+        if not 0 < rows.size < w.size:
+            raise ValueError(
+                f"balance returned {rows.size} numbers, and the experts of a sample have {w.size} "
+                "coefficients: give at least 1 number, and fewer than coefficients."
+            )
+        return rows
 
 
 def _assembled(shares: Array, w: Array, Phi: Array) -> Array:

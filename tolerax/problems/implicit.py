@@ -395,7 +395,7 @@ def _solution_backward(
     solve = problem.norm.solve_transpose(at, known, flat, b, accuracy.adjoint)
     # A solve that took y for the state of a problem nearby is differentiated as that problem.
     at = Fixed(problem, x, getattr(solve, "potential", None))
-    x_bar = jax.tree.map(jnp.negative, jax.grad(at.pairing, argnums=2)(flat, solve.x, x))
+    x_bar = eqx.filter_grad(lambda x: -at.pairing(flat, solve.x, x))(x)
     failed = getattr(solve, "failed", None)
     if failed is not None:
         # Products of 0 with what is not a number: only the part of that lane is 0.

@@ -1,11 +1,13 @@
 """States that are the minimizers of many least-squares problems: `Implicit` in lanes."""
 
 import dataclasses
+import inspect
 from typing import Any, get_args
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Provenance, Work
@@ -15,6 +17,7 @@ from tolerax.inner.levenberg_marquardt import (
     BatchedLevenbergMarquardt,
     LeastSquaresResult,
     check_lanes,
+    check_numbers,
 )
 from tolerax.inner.minimizers import NO_LIMIT, Limit
 from tolerax.inner.residuals import structured
@@ -225,6 +228,17 @@ def batched_least_squares(
     >>> jax.grad(lambda y: jnp.sum(best(y)))(y).round(4)
     Array([0.0588, 0.0643], dtype=float64)
     """
+    check_lanes(w, data)
+    check_numbers(ridge, tolerance, bounds)
+    fixed = {"residuals": residuals, "ridge": ridge, "bounds": bounds}
+    fixed |= {"tolerance": tolerance, "held": None if held is None else held[0]}
+    for name, value in fixed.items():
+        _refuse_tangents(name, value)
+    if report is not None and report.failed.shape != w.shape[:1]:
+        raise ValueError(
+            f"report has shape {report.failed.shape}: give BackwardReport.blank({w.shape[0]}), one "
+            "entry for each lane."
+        )
     norm = InLanes(
         residuals,
         ridge,
@@ -253,6 +267,22 @@ def batched_least_squares(
     found, solved = problem.solution_and_report(data, accuracy, report)
     rest = jax.tree.map(jax.lax.stop_gradient, solved.lanes)
     return eqx.tree_at(lambda lanes: lanes.w, rest, found[:, :n])
+
+
+def _refuse_tangents(name: str, value: Any, seen: tuple[int, ...] = ()) -> None:
+    """Raise if a value, or what a function closes over, is being differentiated."""
+    leaves = jax.tree.leaves(value)
+    if any(isinstance(leaf, Tracer) and hasattr(leaf, "tangent") for leaf in leaves):
+        raise ValueError(
+            f"{name} is differentiated, and there are derivatives in data only: put it in data, "
+            "with a leading axis of lanes, or use jax.lax.stop_gradient."
+        )
+    for leaf in leaves:
+        function = inspect.unwrap(leaf) if callable(leaf) else leaf
+        if not inspect.isfunction(function) or id(function) in seen:
+            continue
+        for inner, cell in inspect.getclosurevars(function).nonlocals.items():
+            _refuse_tangents(f"{inner} in {name}", cell, (*seen, id(function)))
 
 
 def _no_cost(w: PyTree, data: PyTree) -> Scalar:

@@ -1,5 +1,6 @@
 """Routers: which expert answers for which points of a regular grid."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ class Boxes(Router):
     where the parts do not divide the points.
 
     - `overlap`: by how many points each box reaches into its neighbours, one number or one for each
-      axis. There the weights blend, so that the field has no jumps and no face is left to tie.
+      axis. Along axes with an overlap the weights blend, so that the field has no jumps and no face
+      is left to tie; along others it has.
     - `periodic`: whether the last points have the first ones as neighbours, for all axes or for
       each of them.
 
@@ -106,8 +108,7 @@ class Boxes(Router):
                 -1, *np.broadcast_shapes(weights.shape[1:], hats.shape[1:])
             )
         self.weights = _partition(weights)
-        if not any(reach):
-            self.pairs, self.faces = _faces(np.argmax(self.weights, axis=0), around)
+        self.pairs, self.faces = _faces(self.weights, parts, reach, around)
 
 
 class RandomAssignment(Router):
@@ -176,20 +177,23 @@ def _hats(n: int, parts: int, overlap: int, periodic: bool) -> np.ndarray:
 
 
 def _faces(
-    owner: np.ndarray, periodic: Sequence[bool]
+    weights: np.ndarray, parts: tuple[int, ...], reach: Sequence[int], periodic: Sequence[bool]
 ) -> tuple[tuple[tuple[int, int], ...], tuple[np.ndarray, ...]]:
-    """Pairs of neighbours and, for each, the points on both sides of their face."""
-    index = np.arange(owner.size).reshape(owner.shape)
-    found: dict[tuple[int, int], set[int]] = {}
-    for axis in range(owner.ndim):
-        count = owner.shape[axis]
-        here = np.arange(count if periodic[axis] else count - 1)
-        low = [np.take(a, here, axis) for a in (owner, index)]
-        high = [np.take(a, (here + 1) % count, axis) for a in (owner, index)]
-        differ = low[0] != high[0]
-        for a, b, i, j in zip(
-            *(part[differ] for part in (low[0], high[0], low[1], high[1])), strict=True
-        ):
-            found.setdefault((int(a), int(b)), set()).update((int(i), int(j)))
+    """Pairs of neighbours along axes where they do not overlap and, for each, the points on both
+    sides of their face."""
+    inside, grid = weights > 0, weights.shape[1:]
+    index, boxes = np.arange(math.prod(grid)).reshape(grid), np.arange(len(weights)).reshape(parts)
+    found: dict[tuple[int, int], np.ndarray] = {}
+    for axis, count in enumerate(grid):
+        if reach[axis] or parts[axis] == 1:
+            continue
+        ends = [n if periodic[axis] else n - 1 for n in (parts[axis], count)]
+        low, high = (np.take(boxes, np.arange(ends[0]) + k, axis, mode="wrap") for k in (0, 1))
+        here = np.arange(ends[1])
+        for one, other in zip(low.ravel().tolist(), high.ravel().tolist(), strict=True):
+            both = np.take(inside[one], here, axis)
+            both = both & np.take(inside[other], here + 1, axis, mode="wrap")
+            sides = [np.take(index, here + k, axis, mode="wrap")[both] for k in (0, 1)]
+            found[one, other] = np.unique(np.concatenate(sides))
     pairs = tuple(sorted(found))
-    return pairs, tuple(np.array(sorted(found[pair])) for pair in pairs)
+    return pairs, tuple(found[pair] for pair in pairs)
