@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tolerax.problems.library import DiffusionSorption, FourierOperator, SorptionBasis
+from tolerax.problems.library.diffusion_sorption import HELD, retardation, stored
 from tolerax.problems.library.operators import difference_matrix, legendre_products
 
 FAMILY = DiffusionSorption(17, 13, spans=2)
@@ -81,3 +82,20 @@ def test_bad_input_is_named():
         DiffusionSorption(3)
     with pytest.raises(ValueError, match="points is 12"):
         difference_matrix(9, 1.0, points=12)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_sorption_has_digits_at_0_and_far_below(dtype):
+    """Solves for coefficients try concentrations below 0."""
+    u = jnp.array([0.0, 1e-4, 3e-3, 0.2, 1.0, 5.0, 100.0, 1e5], dtype)
+    n, eps = jnp.asarray(0.85, dtype), np.finfo(dtype).eps
+    # Positive parts of u and -u have the product 1e-6 / 4.
+    root = np.sqrt(np.asarray(u, float) ** 2 + 1e-6)
+    above = (np.asarray(u, float) + root) / 2
+    exact = 1 + HELD * 0.85 * np.stack([above, 0.25e-6 / above]) ** 0.85 / root
+    np.testing.assert_allclose(jnp.stack([retardation(u, n), retardation(-u, n)]), exact, 20 * eps)
+    # R is the derivative of m, and has one itself.
+    both = jnp.concatenate([u, -u])
+    slope = jax.vmap(jax.grad(stored), (0, None))(both, n)
+    np.testing.assert_allclose(slope, retardation(both, n), rtol=20 * eps)
+    assert np.all(np.isfinite(jax.vmap(jax.grad(retardation), (0, None))(both, n)))

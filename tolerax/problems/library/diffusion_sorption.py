@@ -35,18 +35,24 @@ class Soil(eqx.Module):
     inlet: Float[Array, "*b"]
 
 
+def _positive(u: Array) -> tuple[Array, Array]:
+    """`root = sqrt(u^2 + 1e-6)` and the smooth positive part `(u + root) / 2`, without the
+    cancellation that this has below 0."""
+    root = jnp.sqrt(u * u + 1e-6)
+    larger = 0.5 * (root + jnp.where(u >= 0, u, -u))
+    return root, jnp.where(u >= 0, larger, 0.25e-6 / larger)
+
+
 def stored(u: Array, exponent: Array) -> Array:
     """How much substance a unit of soil holds, m(u) = u + a u^n, with a slope that stays finite at
     0: u is replaced by a smooth positive part there."""
-    positive = 0.5 * (u + jnp.sqrt(u * u + 1e-6))
-    return u + HELD * positive**exponent
+    return u + HELD * _positive(u)[1] ** exponent
 
 
 def retardation(u: Array, exponent: Array) -> Array:
     """R = m'."""
-    root = jnp.sqrt(u * u + 1e-6)
-    positive = 0.5 * (u + root)
-    return 1 + HELD * exponent * positive ** (exponent - 1) * 0.5 * (1 + u / root)
+    root, positive = _positive(u)
+    return 1 + HELD * exponent * positive**exponent / root
 
 
 class DiffusionSorption(eqx.Module):
