@@ -59,7 +59,8 @@ class Status(eqx.Enumeration):
     time = "Time spent (`max_seconds`): raise it, or continue from `state`."
     stalled = (
         "Stalled: no step gave a decrease that could be told from the errors of the values. Check "
-        "the scaling of the variables, or accept the point."
+        "the scaling of the variables, or accept the point; begin again with more particles "
+        "(`solve_with_restarts`) where the solver has a population."
     )
     not_reproduced = (
         "The stopping criterion held once but not when it was checked again at the returned point: "

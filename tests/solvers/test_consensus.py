@@ -9,13 +9,16 @@ import scipy.stats
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tolerax
-from tolerax import CBO, Objective
+from tolerax import CBO, Objective, Status
 from tolerax.inner.particles import blocks_of, total, weighted_mean
 from tolerax.solvers import (
     Anisotropic,
     Ball,
+    ConsensusHopping,
+    ConsensusSampling,
     Covariance,
     EffectiveSampleSize,
+    EnsembleKalmanInversion,
     HardMinimum,
     Isotropic,
     Polarized,
@@ -187,10 +190,13 @@ def test_points_stay_on_a_sphere_and_find_the_smallest_eigenvalue():
     ("fields", "message"),
     [
         ({"particles": 1}, "particles is 1"),
-        ({"batch": 0}, "batch is 0"),
+        ({"batch": 1}, "batch is 1"),
         ({"batch": 101}, "batch is 101"),
         ({"dt": 0.0}, "dt is 0.0"),
         ({"tol": -1.0}, "tol is -1.0"),
+        ({"spread": 0.0}, "spread is 0.0"),
+        ({"patience": -1}, "patience is -1"),
+        ({"feasible_within": -1.0}, "feasible_within is -1.0"),
         ({"ensemble": jnp.full((100, 2), jnp.nan)}, "ensemble has entries that are not finite"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
@@ -350,3 +356,30 @@ def test_sets_that_do_not_go_together_are_named():
         tolerax.solve(Objective(lambda x: jnp.sum(x)), CBO(constraint_drift=1.0), jnp.zeros(2))
     with pytest.raises(ValueError, match="memory is -1"):
         CBO(memory=-1.0)
+
+
+def test_particles_that_all_start_on_one_point_find_the_minimum():
+    problem = Objective(lambda x: jnp.sum((x - 1) ** 2))
+    solver = CBO(particles=20, ensemble=jnp.full((20, 2), 3.0))
+    solution = tolerax.solve(problem, solver, jnp.full(2, 3.0))
+    assert bool(solution.success)
+    assert float(solution.value) < 1e-4
+
+
+def test_two_particles_that_agree_elsewhere_claim_nothing():
+    """Two probes alone may find nothing lower, and the best particle agrees with itself."""
+    problem = tolerax.LeastSquares(lambda x: x - 1)
+    kalman, sampling = EnsembleKalmanInversion, ConsensusSampling
+    for solver in (CBO(particles=2), kalman(particles=2), sampling(particles=2, mode="optimize")):
+        solution = tolerax.solve(problem, solver, jnp.full(10, 3.0), max_steps=200)
+        assert not bool(solution.success)
+        assert float(solution.value) > 1e-4
+
+
+def test_probes_that_rounding_undoes_are_no_success():
+    problem = Objective(lambda x: jnp.sum((x - 1) ** 2))
+    far = jnp.full(2, 1e9, jnp.float32)
+    for solver in (ConsensusHopping(particles=50), CBO(particles=50, noise=Anisotropic(0.0))):
+        solution = tolerax.solve(problem, solver, far, max_steps=60)
+        assert solution.status == Status.stalled
+    assert "solve_with_restarts" in solution.message

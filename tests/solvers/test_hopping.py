@@ -120,6 +120,8 @@ def test_freezing_for_ever_is_hopping():
         (lambda: ConsensusHopping(shrink=-1.0), "shrink is -1.0"),
         (lambda: ConsensusHopping(tol=0.0), "tol is 0.0"),
         (lambda: ConsensusFreezing(interval=0.0), "interval is 0.0"),
+        (lambda: ConsensusFreezing(spread=0.0), "spread is 0.0"),
+        (lambda: ConsensusFreezing(patience=-1), "patience is -1"),
         (lambda: ConsensusFreezing(sigma=-1.0), "sigma is -1.0"),
     ],
 )

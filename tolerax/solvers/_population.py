@@ -12,12 +12,13 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.particles import normal
-from tolerax.solvers._common import Box
-from tolerax.status import PointStatus
+from tolerax.solvers._common import Box, lost_in
+from tolerax.status import PointStatus, Status
 from tolerax.validation import is_concrete
 
 Positions = Float[Array, "n d"]
 PROBE_LADDER = 12.0  # halvings from the largest probe down to the smallest
+LEAST_PROBES = 64  # few particles probe for several steps
 
 
 class Ensemble(eqx.Module):
@@ -114,18 +115,26 @@ def scale_like(spread: PyTree, x: PyTree, name: str = "spread") -> Float[Array, 
     return ravel_pytree(jax.tree.map(full, spread, x))[0]
 
 
-def probe_lengths(count: int, dtype: Any) -> Float[Array, " n"]:
-    """Lengths of probes relative to the scale: they halve from 1 down."""
-    return (2.0 ** (-PROBE_LADDER * jnp.arange(count) / count)).astype(dtype)
+def probe_lengths(count: int, dtype: Any, before: Any) -> Float[Array, " n"]:
+    """Lengths of probes relative to the scale: they halve from 1 down, over `LEAST_PROBES` probes
+    or more, of which `before` have been made in earlier steps."""
+    place = (before + jnp.arange(count)) / max(count, LEAST_PROBES)
+    return (2.0 ** (-PROBE_LADDER * place)).astype(dtype)
 
 
 def probes(
-    key: PRNGKeyArray, about: Float[Array, " d"], scale: Float[Array, " d"], count: int
+    key: PRNGKeyArray, about: Float[Array, " d"], scale: Float[Array, " d"], count: int, before: Any
 ) -> Positions:
     """Points around one, normally distributed, at all distances up to `scale`."""
     like = jnp.zeros((count, about.size), about.dtype)
-    length = probe_lengths(count, about.dtype)
+    length = probe_lengths(count, about.dtype, before)
     return about[None] + length[:, None] * scale[None] * normal(key, like)
+
+
+def probed(about: Float[Array, " d"], scale: Float[Array, " d"]) -> Any:
+    """The status of a run whose probes found nothing lower: those that rounding puts back on the
+    point say nothing."""
+    return Status.where(lost_in(about, scale), Status.stalled, Status.consensus)
 
 
 def check_positive(owner: Any, *names: str) -> None:
@@ -134,6 +143,14 @@ def check_positive(owner: Any, *names: str) -> None:
         value = getattr(owner, name)
         if not isinstance(value, jax.Array) and not value > 0:
             raise ValueError(f"{name} is {value}: it must be positive.")
+
+
+def check_not_negative(owner: Any, *names: str) -> None:
+    """Raise for fields that are negative (arrays, which may be traced, are believed)."""
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, jax.Array) and not value >= 0:
+            raise ValueError(f"{name} is {value}: it must not be negative.")
 
 
 def check_count(particles: Any) -> None:

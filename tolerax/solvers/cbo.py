@@ -11,20 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Start
 from tolerax.inner.noise import LARGE, fold_in, normal, uniform
 from tolerax.inner.particles import blocks_of, distributed, replicated, total, when
 from tolerax.solvers._common import Box, select
+from tolerax.solvers._constraint_drift import implicit_step, linearized
 from tolerax.solvers._population import (
+    LEAST_PROBES,
     Population,
     batch_query,
     check_count,
+    check_not_negative,
     check_positive,
+    check_spread,
     first_ensemble,
     flat,
     probe_lengths,
+    probed,
     scale_like,
 )
 from tolerax.solvers.consensus import (
@@ -63,6 +68,7 @@ class CBOState(eqx.Module):
     box: Box
     limits: tuple[Float[Array, " m"], Float[Array, " m"]] | None
     probing: Bool[Array, ""]
+    probes: Int[Array, ""]
     done: Bool[Array, ""]
     status: Any
 
@@ -75,10 +81,11 @@ class CBO(Population):
         x <- x - lambda dt (x - m) + noise(x - m)
 
     Particles that fail (NaN, infinite, an exception) get weight 0 and are put where another one is.
-    The run ends when at least half of the particles agree in every coordinate to within
-    `tol * (1 + |m|)`, for more than `patience` steps on end, and probes around m, at all distances
-    up to the spread of the start, find no lower value (if one does, the particles continue from the
-    probes). That the point is the global minimum is never certain; `Status.consensus` says so.
+    The run ends when more than half of the particles agree in every coordinate to within
+    `tol * (1 + |m|)`, for more than `patience` steps on end, and at least 64 probes around the best
+    point, at all distances up to the spread of the start, find no lower value (if one does, the
+    particles continue from the probes). That the point is the global minimum is never certain;
+    `Status.consensus` says so.
 
     - `particles`: N.
     - `consensus`: [`HardMinimum`][], [`SoftConsensus`][], [`EffectiveSampleSize`][],
@@ -89,6 +96,7 @@ class CBO(Population):
     - `spread`: the particles start normally distributed about `x0` with this standard deviation (a
       pytree like x, or a number); uniformly within the bounds where all of them are finite.
     - `ensemble`: the particles to start from instead: a pytree like x with a leading axis of N.
+      `spread` then counts in the coordinates in which they are all the same.
     - `batch`: only so many particles, drawn anew in every step, are evaluated and moved.
     - `memory`: drift to the best point that each particle has seen, with this rate times dt.
     - `gradient`: drift along the negative gradient, with this rate times dt; asks for gradients.
@@ -146,9 +154,11 @@ class CBO(Population):
 
     def __check_init__(self):
         check_count(self.particles)
+        check_spread(self.spread)
         check_positive(self, "drift", "dt", "penalty", "tol")
-        if self.batch is not None and not 0 < self.batch <= self.particles:
-            raise ValueError(f"batch is {self.batch!r}: give 1 to {self.particles} particles.")
+        check_not_negative(self, "feasible_within", "patience")
+        if self.batch is not None and not 2 <= self.batch <= self.particles:
+            raise ValueError(f"batch is {self.batch!r}: give 2 to {self.particles} particles.")
         for leaf in jax.tree.leaves(self.ensemble):
             if is_concrete(leaf) and not np.isfinite(np.asarray(leaf)).all():
                 raise ValueError("ensemble has entries that are not finite: leave them out.")
@@ -206,6 +216,10 @@ class CBO(Population):
         if self.memory is not None:
             nothing = jnp.zeros(self.particles, x.dtype)
             memory = (x, nothing + jnp.inf, nothing)
+        # Where all particles are the same, probes and jumps go as far as the spread says.
+        scale = jnp.std(self._dual(replicated(x, self.sharding)), axis=0)
+        first = self._dual(x[:1])[0]
+        scale = jnp.where(first + scale == first, scale_like(self.spread, start.x), scale)
         return CBOState(
             x=x,
             noise=self.noise.init(x),
@@ -217,13 +231,14 @@ class CBO(Population):
             effective=jnp.array(self.particles, x.dtype),
             width=inf,
             penalty=jnp.asarray(self.penalty, x.dtype),
-            scale=jnp.std(self._dual(replicated(x, self.sharding)), axis=0),
+            scale=scale,
             step=jnp.array(0, jnp.int32),
             agreeing=jnp.array(0, jnp.int32),
             key=key,
             box=box,
             limits=limits,
             probing=false,
+            probes=jnp.array(0, jnp.int32),
             done=false,
             status=Status.running,
         )
@@ -295,7 +310,7 @@ class CBO(Population):
         """Points around the best one, at distances that halve from the spread of the start."""
         count = like.shape[0]
         key = self._key(state, 2 + now)
-        length = probe_lengths(count, like.dtype)[:, None]
+        length = probe_lengths(count, like.dtype, state.probes)[:, None]
         around = self._dual(state.best_x[None])
         return self._primal(state.box, around + length * state.scale[None] * normal(key, like))
 
@@ -334,21 +349,25 @@ class CBO(Population):
         )
         pull = None
         if state.limits is not None:
-            pull = _linearized(evaluation, state.limits)
+            pull = linearized(evaluation, state.limits)
         moved = self._moved(now, x, energy, violation, ok, gradient, pull)
         # After probes the particles go on from there when one of them was lower, else all is over.
         # Selecting is cheaper than a conditional, which would copy all particles.
         held = jnp.where(lower, self._placed(state, x), state.x)
-        probed = dataclasses.replace(
+        probes = state.probes + min(x.shape[0], MOST_PROBES)
+        done = ~lower & (probes >= LEAST_PROBES)
+        ended = probed(self._dual(state.best_x[None])[0], state.scale)
+        after = dataclasses.replace(
             now,
             x=distributed(held, self.sharding),
             step=state.step + 1,
             agreeing=jnp.zeros_like(state.agreeing),
-            probing=jnp.zeros_like(state.probing),
-            done=~lower,
-            status=Status.where(lower, Status.running, Status.consensus),
+            probing=~lower & ~done,
+            probes=jnp.where(lower, 0, probes),
+            done=done,
+            status=Status.where(done, ended, Status.running),
         )
-        new = select(state.probing, probed, moved)
+        new = select(state.probing, after, moved)
         new = self._dearer(new, jnp.where(hard & ok[lowest], 0.5 * state.penalty, 0))
         lost = jnp.sum(ok) == 0
         return dataclasses.replace(
@@ -429,7 +448,7 @@ class CBO(Population):
         noise = self.noise(key, u, drifted, state.scale, weights, noise_memory, over)
         if pull is not None and self.constraint_drift is not None:
             rate = self.constraint_drift * self.dt
-            noise = u + jax.vmap(lambda *of: _implicit(rate, *of))(noise - u, ok, *pull)
+            noise = u + jax.vmap(lambda *of: implicit_step(rate, *of))(noise - u, ok, *pull)
         moved = self._primal(state.box, dual_m + noise)
 
         def near(x: Array, ok: Array, m: Array = m) -> Array:
@@ -439,7 +458,7 @@ class CBO(Population):
             return jnp.where(ok[:, None], jnp.abs(self._dual(x) - self._dual(m)), 0)
 
         seen = (x, ok) if m.shape[0] == 1 else (x, ok, m)
-        agree = jnp.min(total(near, *seen, over=over)) >= 0.5 * x.shape[0]
+        agree = jnp.min(total(near, *seen, over=over)) > 0.5 * x.shape[0]
         width = jnp.max(total(distance, *seen, over=over)) / jnp.maximum(jnp.sum(ok), 1)
         agreeing = jnp.where(agree, state.agreeing + 1, 0)
         if memory is not None:
@@ -466,31 +485,3 @@ class CBO(Population):
 
     def record(self, state: CBOState) -> dict[str, Array]:
         return {"iteration": state.step, "spread": state.width, "effective": state.effective}
-
-
-def _linearized(
-    evaluation: Evaluation, limits: tuple[Array, Array]
-) -> tuple[Float[Array, "n m"], Float[Array, "n m d"]]:
-    """By how much each particle is out of each constraint, and the Jacobian with rows of 0 for
-    inequalities that hold."""
-
-    def of_one(values: PyTree, jacobian: Any) -> tuple[Array, Array]:
-        flat, unravel = ravel_pytree(values)
-        eye = jnp.eye(flat.size, dtype=flat.dtype)
-        rows = jax.vmap(lambda v: ravel_pytree(jacobian.rmv(unravel(v)))[0])(eye)
-        low, high = limits
-        out = flat - jnp.clip(flat, low, high)
-        return out, jnp.where(((low == high) | (out != 0))[:, None], rows, 0)
-
-    return eqx.filter_vmap(of_one)(evaluation.constraints, evaluation.jacobian)
-
-
-def _implicit(
-    rate: ArrayLike, step: Array, ok: Array, out: Float[Array, " m"], rows: Float[Array, "m d"]
-) -> Float[Array, " d"]:
-    """The step `(I + rate J'J)^-1 (step - rate J'c)`, by the formula of Woodbury."""
-    usable = ok & jnp.all(jnp.isfinite(rows)) & jnp.all(jnp.isfinite(out))
-    rows, out = jnp.where(usable, rows, 0), jnp.where(usable, out, 0)
-    matrix = jnp.eye(out.size, dtype=step.dtype) + rate * (rows @ rows.T)
-    solve = jax.scipy.linalg.cho_factor(matrix, lower=True)
-    return step - rate * (rows.T @ jax.scipy.linalg.cho_solve(solve, out + rows @ step))

@@ -3,14 +3,19 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Start
 from tolerax.inner.noise import fold_in, normal
-from tolerax.solvers._population import Population, check_count, check_positive
+from tolerax.solvers._population import (
+    Population,
+    check_count,
+    check_not_negative,
+    check_positive,
+    check_spread,
+)
 from tolerax.solvers.cbo import CBO, CBOState
 from tolerax.solvers.consensus import Agreement, Consensus, HardMinimum, Noise
 
@@ -108,11 +113,9 @@ class ConsensusFreezing(Population):
 
     def __check_init__(self):
         check_count(self.particles)
+        check_spread(self.spread)
         check_positive(self, "drift", "interval", "shrink", "tol")
-        for name in ("sigma", "width"):
-            value = getattr(self, name)
-            if not isinstance(value, jax.Array) and not value >= 0:
-                raise ValueError(f"{name} is {value}: it must not be negative.")
+        check_not_negative(self, "sigma", "width", "patience")
 
     @property
     def _particles(self) -> CBO:

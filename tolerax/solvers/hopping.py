@@ -15,6 +15,7 @@ from tolerax.contracts import Accuracy, Evaluation, Query, Start
 from tolerax.inner.particles import distributed, normal
 from tolerax.solvers._common import Box
 from tolerax.solvers._population import (
+    LEAST_PROBES,
     Population,
     any_finite,
     batch_query,
@@ -24,6 +25,7 @@ from tolerax.solvers._population import (
     energies,
     flat,
     probe_lengths,
+    probed,
     probes,
     scale_like,
 )
@@ -48,6 +50,7 @@ class HoppingState(eqx.Module):
     key: PRNGKeyArray
     box: Box
     probing: Bool[Array, ""]
+    probes: Int[Array, ""]
     done: Bool[Array, ""]
     status: Any
 
@@ -64,9 +67,9 @@ class ConsensusHopping(Population):
 
     By default ranks weigh the particles and s follows the path of the hops, which makes this an
     evolution strategy: s grows while hops go on in one direction and falls when they undo each
-    other. The run ends when s has fallen to `tol * (1 + |x|)` in every coordinate and probes around
-    the best point, at all distances up to `spread`, find no lower value (if one does, the point
-    hops there).
+    other. The run ends when s has fallen to `tol * (1 + |x|)` in every coordinate and at least
+    64 probes around the best point, at all distances up to `spread`, find no lower value (if one
+    does, the point hops there).
 
     - `particles`: N, of which the first is the point itself: it has no weight, its value is for the
       result.
@@ -124,6 +127,7 @@ class ConsensusHopping(Population):
             key=start.key,
             box=box,
             probing=false,
+            probes=jnp.array(0, jnp.int32),
             done=false,
             status=Status.running,
         )
@@ -147,7 +151,7 @@ class ConsensusHopping(Population):
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
         x = jax.lax.cond(
             state.probing,
-            lambda: probes(key, state.best_x, state.scale, self.particles),
+            lambda: probes(key, state.best_x, state.scale, self.particles, state.probes),
             lambda: self._cloud(state),
         )
         x = distributed(jax.vmap(self._feasible(state.box))(x), self.sharding)
@@ -210,16 +214,19 @@ class ConsensusHopping(Population):
         return path, jnp.exp(jnp.clip(exponent, -1, 1))
 
     def _probed(self, state: HoppingState, lowest: Array, lower: Array) -> HoppingState:
-        """Go on from the lowest probe, as widely as it was found, else end."""
-        length = probe_lengths(self.particles, state.x.dtype)[lowest]
+        """Go on from the lowest probe, as widely as it was found, else end after enough of them."""
+        length = probe_lengths(self.particles, state.x.dtype, state.probes)[lowest]
+        made = state.probes + self.particles
+        done = ~lower & (made >= LEAST_PROBES)
         return dataclasses.replace(
             state,
             x=jnp.where(lower, state.best_x, state.x),
             width=jnp.where(lower, length, state.width),
             path=jnp.zeros_like(state.path),
-            probing=jnp.zeros_like(state.probing),
-            done=~lower,
-            status=Status.where(lower, Status.running, Status.consensus),
+            probing=~lower & ~done,
+            probes=jnp.where(lower, 0, made),
+            done=done,
+            status=Status.where(done, probed(state.best_x, state.scale), Status.running),
         )
 
     def terminate(self, state: HoppingState) -> tuple[Bool[Array, ""], Any]:

@@ -13,6 +13,7 @@ from tolerax.contracts import Accuracy, Evaluation, Query, Start
 from tolerax.inner.particles import normal
 from tolerax.solvers._common import Box
 from tolerax.solvers._population import (
+    LEAST_PROBES,
     Ensemble,
     Population,
     any_finite,
@@ -23,6 +24,7 @@ from tolerax.solvers._population import (
     energies,
     first_ensemble,
     flat,
+    probed,
     probes,
     scale_like,
 )
@@ -43,7 +45,7 @@ class KalmanState(Ensemble):
     step: Int[Array, ""]
     key: PRNGKeyArray
     box: Box
-    probing: Bool[Array, ""]
+    probes: Int[Array, ""]
     done: Bool[Array, ""]
     status: Any
 
@@ -132,7 +134,7 @@ class EnsembleKalmanInversion(Population):
             step=jnp.array(0, jnp.int32),
             key=key,
             box=box,
-            probing=false,
+            probes=jnp.array(0, jnp.int32),
             done=false,
             status=Status.running,
         )
@@ -150,11 +152,12 @@ class EnsembleKalmanInversion(Population):
             best_x=jnp.where(lower, x[lowest], state.best_x),
             step=state.step + 1,
         )
-        # Probes that found nothing lower end the run; others are the next ensemble.
-        ended = state.probing & ~lower
-        moved = self._moved(now, x, flat(evaluation.residuals).astype(x.dtype), energy)
+        # Enough probes that found nothing lower end the run; others are the next ensemble.
+        probing = (state.probes > 0) & ~lower
+        ended = probing & (state.probes >= LEAST_PROBES)
+        moved = self._moved(now, x, flat(evaluation.residuals).astype(x.dtype), energy, probing)
         lost = ~any_finite(energy)
-        success = Status.sampled if self.posterior else Status.consensus
+        success = Status.sampled if self.posterior else probed(state.best_x, state.scale)
         late = moved.time >= 1 - 8 * jnp.finfo(x.dtype).eps
         finished = ended | (self.posterior & late)
         status = Status.where(finished, success, Status.running)
@@ -165,8 +168,11 @@ class EnsembleKalmanInversion(Population):
             status=Status.where(lost, Status.all_failed, status),
         )
 
-    def _moved(self, state: KalmanState, x: Positions, r: Array, energy: Array) -> KalmanState:
-        """One Kalman step of the particles that have residuals."""
+    def _moved(
+        self, state: KalmanState, x: Positions, r: Array, energy: Array, again: Array
+    ) -> KalmanState:
+        """One Kalman step of the particles that have residuals; probes in their place where they
+        agree, or have to probe `again`."""
         ok = (energy < jnp.inf)[:, None]
         count = jnp.maximum(jnp.sum(ok), 2).astype(x.dtype)
         mean = lambda rows: jnp.sum(jnp.where(ok, rows, 0), axis=0) / count  # noqa: E731
@@ -185,14 +191,16 @@ class EnsembleKalmanInversion(Population):
         new = jnp.where(ok, m[None] + jnp.sqrt(count - 1) * X, m[None] + drawn)
         new = jax.vmap(state.box.clip)(new)
         away = jnp.max(jnp.abs(new - m[None]), axis=0)
-        agree = jnp.all(away <= self.tol * (1 + jnp.abs(m))) & (not self.posterior)
-        around = probes(jax.random.fold_in(key, 1), state.best_x, state.scale, x.shape[0])
+        agree = again | (jnp.all(away <= self.tol * (1 + jnp.abs(m))) & (not self.posterior))
+        before = jnp.where(again, state.probes, 0)
+        key = jax.random.fold_in(key, 1)
+        around = probes(key, state.best_x, state.scale, self.particles, before)
         return dataclasses.replace(
             state,
             x=jnp.where(agree, jax.vmap(state.box.clip)(around), new),
             time=state.time + h,
             width=jnp.max(away),
-            probing=agree,
+            probes=jnp.where(agree, before + self.particles, 0),
         )
 
     def _length(self, state: KalmanState, energy: Array, size: int) -> Array:

@@ -13,6 +13,7 @@ from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.particles import normal
 from tolerax.solvers._common import Box, select
 from tolerax.solvers._population import (
+    LEAST_PROBES,
     Ensemble,
     any_finite,
     batch_query,
@@ -23,6 +24,7 @@ from tolerax.solvers._population import (
     energies,
     first_ensemble,
     flat,
+    probed,
     probes,
     scale_like,
     tempered,
@@ -75,7 +77,7 @@ class SamplingState(Ensemble):
     step: Int[Array, ""]
     key: PRNGKeyArray
     box: Box
-    probing: Bool[Array, ""]
+    probes: Int[Array, ""]
     done: Bool[Array, ""]
     status: Any
 
@@ -170,7 +172,7 @@ class ConsensusSampling(Solver):
             step=jnp.array(0, jnp.int32),
             key=key,
             box=box,
-            probing=false,
+            probes=jnp.array(0, jnp.int32),
             done=false,
             status=Status.running,
         )
@@ -189,12 +191,13 @@ class ConsensusSampling(Solver):
             step=state.step + 1,
         )
         moved = self._moved(now, x, energy)
-        # Probes that found nothing lower end the run; others are the next ensemble.
-        ended = state.probing & ~lower
+        # Enough probes that found nothing lower end the run; others are the next ensemble.
+        probing = (state.probes > 0) & ~lower
+        ended = probing & (state.probes >= LEAST_PROBES)
         new, success = (
             (self._averaged(moved), Status.sampled)
             if self.mode == "sample"
-            else (self._probing(moved), Status.consensus)
+            else (self._probing(moved, probing), probed(state.best_x, state.scale))
         )
         lost = ~any_finite(energy)
         finished = ended | new.done
@@ -245,14 +248,19 @@ class ConsensusSampling(Solver):
             done=full & block.agrees(state.before, self.settled),
         )
 
-    def _probing(self, state: SamplingState) -> SamplingState:
-        """Probes as the next ensemble where the particles agree."""
+    def _probing(self, state: SamplingState, again: Array) -> SamplingState:
+        """Probes as the next ensemble where the particles agree, or have to probe again."""
         m = jnp.mean(state.x, axis=0)
-        agree = jnp.all(jnp.std(state.x, axis=0) <= self.tol * (1 + jnp.abs(m)))
+        agree = again | jnp.all(jnp.std(state.x, axis=0) <= self.tol * (1 + jnp.abs(m)))
+        before = jnp.where(again, state.probes, 0)
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
-        around = probes(key, state.best_x, state.scale, state.x.shape[0])
+        around = probes(key, state.best_x, state.scale, self.particles, before)
         around = jax.vmap(state.box.clip)(around)
-        return dataclasses.replace(state, x=jnp.where(agree, around, state.x), probing=agree)
+        return dataclasses.replace(
+            state,
+            x=jnp.where(agree, around, state.x),
+            probes=jnp.where(agree, before + self.particles, 0),
+        )
 
     def terminate(self, state: SamplingState) -> tuple[Bool[Array, ""], Any]:
         return state.done, state.status
