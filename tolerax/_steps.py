@@ -206,18 +206,14 @@ def _outlined(
     return query, eqx.filter_eval_shape(_observer(problem, query), query)
 
 
-def _plain(query: Query) -> bool:
-    return not query.first_only and query.sharding is None
-
-
 def _observer(problem: Problem, query: Query) -> Callable[[Query], Any]:
     """What asks Python code questions like this one, for arrays that compiled code reads."""
-    return problem.observe if _plain(query) else functools.partial(_loop.evaluated, problem)
+    return functools.partial(_loop.evaluated, problem) if query.first_only else problem.observe
 
 
 def _read(problem: Problem, query: Query, observed: Any) -> Evaluation:
     """The answer that was observed."""
-    return problem.interpret(query, observed) if _plain(query) else observed
+    return observed if query.first_only else problem.interpret(query, observed)
 
 
 _read_compiled = eqx.filter_jit(_read)

@@ -249,6 +249,15 @@ def test_particles_that_are_spread_move_as_others():
     assert int(runs[0].state.failures) == int(runs[1].state.failures) > 0
 
 
+def test_python_code_is_evaluated_wherever_particles_lie():
+    seen = []
+    python = Objective(lambda x: seen.append(0) or float(np.sum(x**2)), host=True)
+    solver = CBO(particles=64, sharding=on_one_device())
+    solution = tolerax.solve(python, solver, jnp.ones(3), max_steps=2)
+    assert len(seen) == int(solution.work.points) == 2 * 64
+    assert float(solution.value) < 3
+
+
 def test_particles_that_cannot_be_spread_evenly_are_named():
     class Three(NamedSharding):
         num_devices = 3
@@ -307,6 +316,27 @@ def test_a_drift_to_constraints_holds_them_and_finds_the_minimum_on_them():
     solution = tolerax.solve(problem, solver, jnp.array([1.0, 0.0, 0.0]), max_steps=400)
     assert float(solution.violation) <= solver.feasibility
     np.testing.assert_allclose(solution.x, v, atol=2e-2)
+
+
+def test_a_penalty_that_grows_with_measure_finds_the_minimum_on_a_circle():
+    circle = Objective(jnp.sum, constraints=lambda x: x @ x, constraint_bounds=(1.0, 1.0))
+    keys = jax.random.split(jax.random.key(0), 8)
+    run = lambda key: tolerax.solve(circle, CBO(), jnp.full(2, 0.5), key=key)  # noqa: E731
+    solutions = jax.jit(jax.vmap(run))(keys)
+    assert bool(jnp.all(solutions.success))
+    np.testing.assert_allclose(solutions.value, -(2**0.5), atol=5e-3)
+
+
+def test_an_empty_feasible_set_is_named():
+    nowhere = Objective(
+        lambda x: jnp.sum((x - 1) ** 2), constraints=lambda x: jnp.stack([1 - x[0], x[0] + 1])
+    )
+    # From here a penalty that grew in every step would be infinite after 130 steps.
+    solver = CBO(particles=50, penalty=1e15)
+    solution = tolerax.solve(nowhere, solver, jnp.ones(2, jnp.float32))
+    assert solution.status == Status.infeasible
+    assert bool(jnp.all(jnp.isfinite(solution.state.solver_state.x)))
+    assert bool(jnp.isfinite(solution.state.solver_state.penalty))
 
 
 def test_one_step_along_a_linear_constraint_is_free_and_one_away_from_it_is_not():
@@ -379,7 +409,6 @@ def test_two_particles_that_agree_elsewhere_claim_nothing():
 def test_probes_that_rounding_undoes_are_no_success():
     problem = Objective(lambda x: jnp.sum((x - 1) ** 2))
     far = jnp.full(2, 1e9, jnp.float32)
-    for solver in (ConsensusHopping(particles=50), CBO(particles=50, noise=Anisotropic(0.0))):
-        solution = tolerax.solve(problem, solver, far, max_steps=60)
-        assert solution.status == Status.stalled
+    solution = tolerax.solve(problem, ConsensusHopping(particles=50), far, max_steps=60)
+    assert solution.status == Status.stalled
     assert "solve_with_restarts" in solution.message

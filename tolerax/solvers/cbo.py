@@ -108,9 +108,10 @@ class CBO(Population):
     - `constraint_drift`: drift towards where the constraints hold, with this rate times dt, by an
       implicit step on half the sum of their squared violations; asks for their derivatives. A step
       along equality constraints is free, one away from them is shortened.
-    - `penalty`: weight of the `violation` of a point in its energy `value + penalty * violation`;
-      grows by half in every step in which the best particle violates more than `feasible_within`,
-      unless there is a `constraint_drift`.
+    - `penalty`: weight of the `violation` of a point in its energy `value + penalty * violation`.
+      It grows by half in every step in which the best particle violates more than `feasible_within`
+      and half of what is usual among the particles, or in which they agree; with a
+      `constraint_drift` it stays.
     - `patience`: steps of agreement before the run may end; until then jumps go on looking for a
       lower value. A large number uses up the budget.
     - `accuracy`: what is asked of problems whose values are not exact; the upper end of the
@@ -336,8 +337,6 @@ class CBO(Population):
         x = flat(query.x)
         lowest = jnp.argmin(energy)
         lower = energy[lowest] < state.best
-        # The drift to the constraints takes the place of a penalty that grows.
-        hard = (violation[lowest] > self.feasible_within) & (self.constraint_drift is None)
         gradient = None
         if self.gradient is not None:
             gradient = flat(evaluation.gradient)
@@ -368,7 +367,8 @@ class CBO(Population):
             status=Status.where(done, ended, Status.running),
         )
         new = select(state.probing, after, moved)
-        new = self._dearer(new, jnp.where(hard & ok[lowest], 0.5 * state.penalty, 0))
+        if evaluation.violation is not None and self.constraint_drift is None:
+            new = self._dearer(new, violation, ok, lowest)
         lost = jnp.sum(ok) == 0
         return dataclasses.replace(
             new,
@@ -376,12 +376,21 @@ class CBO(Population):
             status=Status.where(lost, Status.all_failed, new.status),
         )
 
-    def _dearer(self, state: CBOState, more: Array) -> CBOState:
-        """With a larger penalty, for what is remembered too."""
+    def _dearer(self, state: CBOState, violation: Array, ok: Array, lowest: Array) -> CBOState:
+        """With a larger penalty where the best particle needs it, for what is remembered too.
+
+        Particles on both sides of where constraints hold violate them less and less as they agree:
+        a penalty that grew meanwhile would take the values out of sight.
+        """
+        usual = jnp.nanquantile(jnp.where(ok, violation, jnp.nan), 0.5, method="lower")
+        far = (violation[lowest] > 0.5 * usual) | (state.agreeing > 0)
+        hard = (violation[lowest] > self.feasible_within) & far & ok[lowest]
+        most = jnp.sqrt(jnp.finfo(violation.dtype).max)  # reached where nothing is feasible
+        more = jnp.where(hard, jnp.clip(most - state.penalty, 0, 0.5 * state.penalty), 0)
         memory = state.memory
         if memory is not None:
-            x, energy, violation = memory
-            memory = (x, energy + more * violation, violation)
+            x, energy, theirs = memory
+            memory = (x, energy + more * theirs, theirs)
         return dataclasses.replace(
             state,
             memory=memory,
