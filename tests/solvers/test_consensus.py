@@ -1,5 +1,7 @@
 """The parts of consensus-based optimization against what they are defined as."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,7 @@ from tolerax.solvers import (
     Sphere,
     Stiefel,
 )
+from tolerax.solvers._population import check_count, check_positive
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(50, 3)))
@@ -92,6 +95,18 @@ def test_the_quantile_looks_at_the_lowest_violations_only():
     lower = jnp.arange(50.0)
     found = agree(Quantile(0.1, alpha=1e6), violation=lower)
     np.testing.assert_allclose(found.point[0], X[int(np.argmin(E[:5]))], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("lowest", "radius"), [(0.0, 1.0), (-9.0, 2.0)])
+def test_an_objective_over_the_minimizers_of_another(lowest, radius):
+    """The minimizers are a circle; where the lower level is below 0, a disk."""
+    end = jnp.array([3.0, 0.0])
+    upper = lambda x: jnp.sum((x - end) ** 2)  # noqa: E731
+    lower = lambda x: (x @ x - 1) ** 2 + lowest  # noqa: E731
+    solver = CBO(consensus=Quantile())
+    solution = tolerax.solve(Objective(upper, constraints=lower), solver, jnp.zeros(2))
+    assert bool(solution.success)
+    np.testing.assert_allclose(solution.x, [radius, 0.0], atol=3e-2)
 
 
 def test_the_contraction_of_anisotropic_noise_is_the_integral():
@@ -206,13 +221,39 @@ def test_bad_settings_are_named(fields, message):
         CBO(**fields)
 
 
-def test_bad_parts_are_named():
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SoftConsensus(-1.0), "alpha is -1"),
+        (lambda: EffectiveSampleSize(1.5), "share is 1.5"),
+        (lambda: EffectiveSampleSize(bisections=0), "bisections is 0"),
+        (lambda: Polarized(kappa=0.0), "kappa is 0"),
+        (lambda: Polarized(alpha=-1.0), "alpha is -1"),
+        (lambda: Quantile(share=2.0), "share is 2"),
+        (lambda: Quantile(alpha=-1.0), "alpha is -1"),
+        (lambda: Anisotropic(jumps=-1.0), "jumps is -1"),
+        (lambda: Isotropic(-1.0), "s is -1"),
+        (lambda: Isotropic(0.1, floor=-1.0), "floor is -1"),
+        (lambda: Covariance(rate=5.0), "rate is 5"),
+        (lambda: Simplex(-1.0), "total is -1"),
+        (lambda: Ball(0.0), "radius is 0"),
+        (lambda: Sphere(-1.0), "radius is -1"),
+        (lambda: CBO(noise=Covariance(), gradient=1.0), "gradient is a drift"),
+        (lambda: CBO(noise=Covariance(), memory=1.0), "memory is a drift"),
+        (lambda: ConsensusHopping(consensus=Quantile()), "does not look at violations"),
+    ],
+)
+def test_bad_parts_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_arrays_are_looked_at_and_integers_of_numpy_are_integers():
+    given = types.SimpleNamespace(alpha=jnp.array(-1.0), particles=np.int64(50))
+    check_count(given, "particles")
     with pytest.raises(ValueError, match="alpha is -1"):
-        SoftConsensus(-1.0)
-    with pytest.raises(ValueError, match=r"share is 1.5"):
-        EffectiveSampleSize(1.5)
-    with pytest.raises(ValueError, match="jumps is -1"):
-        Anisotropic(jumps=-1.0)
+        check_positive(given, "alpha")
+    jax.vmap(lambda alpha: check_positive(types.SimpleNamespace(alpha=alpha), "alpha"))(-X)
 
 
 def test_an_ensemble_that_does_not_fit_is_named():
@@ -382,6 +423,11 @@ def test_sets_that_do_not_go_together_are_named():
     bounded = Objective(lambda x: jnp.sum(x), bounds=(0.0, 1.0))
     with pytest.raises(ValueError, match="mirror is given and the problem has bounds"):
         tolerax.solve(bounded, CBO(mirror=Simplex()), jnp.full(2, 0.5))
+    for solver in (CBO(retract=Sphere()), ConsensusHopping(retract=Sphere())):
+        with pytest.raises(ValueError, match="retract is given and the problem has bounds"):
+            tolerax.solve(bounded, solver, jnp.full(2, 0.5))
+    with pytest.raises(ValueError, match="points of this problem have no `violation`"):
+        tolerax.solve(Objective(lambda x: jnp.sum(x)), CBO(consensus=Quantile()), jnp.zeros(2))
     with pytest.raises(ValueError, match="constraint_drift is given, but the problem has no"):
         tolerax.solve(Objective(lambda x: jnp.sum(x)), CBO(constraint_drift=1.0), jnp.zeros(2))
     with pytest.raises(ValueError, match="memory is -1"):

@@ -1,6 +1,7 @@
 """What solvers that ask for values at many points share: flat ensembles, energies, probes."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -138,25 +139,40 @@ def probed(about: Float[Array, " d"], scale: Float[Array, " d"]) -> Any:
 
 
 def check_positive(owner: Any, *names: str) -> None:
-    """Raise for fields that are not positive (arrays, which may be traced, are believed)."""
-    for name in names:
-        value = getattr(owner, name)
-        if not isinstance(value, jax.Array) and not value > 0:
-            raise ValueError(f"{name} is {value}: it must be positive.")
+    """Raise for fields that are not positive."""
+    _check(owner, names, lambda value: value > 0, "must be positive")
 
 
 def check_not_negative(owner: Any, *names: str) -> None:
-    """Raise for fields that are negative (arrays, which may be traced, are believed)."""
+    """Raise for fields that are negative."""
+    _check(owner, names, lambda value: value >= 0, "must not be negative")
+
+
+def check_share(owner: Any, *names: str) -> None:
+    """Raise for fields that are not between 0 and 1."""
+    _check(owner, names, lambda value: (value > 0) & (value < 1), "must lie between 0 and 1")
+
+
+def _check(owner: Any, names: tuple[str, ...], holds: Callable[[Any], Any], wanted: str) -> None:
+    """Raise for fields that have values which can be looked at, and are not as wanted."""
     for name in names:
         value = getattr(owner, name)
-        if not isinstance(value, jax.Array) and not value >= 0:
-            raise ValueError(f"{name} is {value}: it must not be negative.")
+        if value is not None and is_concrete(value) and not np.all(holds(np.asarray(value))):
+            raise ValueError(f"{name} is {value}: it {wanted}.")
 
 
-def check_count(particles: Any) -> None:
-    """Raise where the number of particles is no integer of at least 2."""
-    if not isinstance(particles, int) or particles < 2:
-        raise ValueError(f"particles is {particles!r}: give an integer of at least 2.")
+def check_count(owner: Any, name: str, least: int = 2) -> None:
+    """Raise for a field that is no integer of at least `least`."""
+    value = getattr(owner, name)
+    if not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} is {value!r}: give an integer of at least {least}.")
+
+
+def refuse_bounds(start: Start, **maps: Any) -> None:
+    """Raise where the problem has bounds and points are put elsewhere by a map."""
+    for name, given in maps.items():
+        if given is not None and start.bounds is not None:
+            raise ValueError(f"{name} is given and the problem has bounds: choose one of both.")
 
 
 def check_spread(spread: PyTree) -> None:

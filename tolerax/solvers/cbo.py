@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from tolerax.contracts import Accuracy, Evaluation, Query, Start
 from tolerax.inner.noise import LARGE, fold_in, normal, uniform
 from tolerax.inner.particles import blocks_of, distributed, replicated, total, when
+from tolerax.solvers._cbo_state import CBOState
 from tolerax.solvers._common import Box, select
 from tolerax.solvers._constraint_drift import implicit_step, linearized
 from tolerax.solvers._population import (
@@ -30,6 +31,7 @@ from tolerax.solvers._population import (
     flat,
     probe_lengths,
     probed,
+    refuse_bounds,
     scale_like,
 )
 from tolerax.solvers.consensus import (
@@ -46,31 +48,6 @@ from tolerax.validation import is_concrete
 
 Positions = Float[Array, "n d"]
 MOST_PROBES = 256
-
-
-class CBOState(eqx.Module):
-    """What evolves: the particles, their consensus, the best of the memory, the mode."""
-
-    x: Positions
-    noise: Any
-    memory: tuple[Positions, Float[Array, " n"], Float[Array, " n"]] | None
-    consensus: Float[Array, " d"]
-    best: Float[Array, ""]
-    best_violation: Float[Array, ""]
-    best_x: Float[Array, " d"]
-    effective: Float[Array, ""]
-    width: Float[Array, ""]
-    penalty: Float[Array, ""]
-    scale: Float[Array, " d"]
-    step: Int[Array, ""]
-    agreeing: Int[Array, ""]
-    key: PRNGKeyArray
-    box: Box
-    limits: tuple[Float[Array, " m"], Float[Array, " m"]] | None
-    probing: Bool[Array, ""]
-    probes: Int[Array, ""]
-    done: Bool[Array, ""]
-    status: Any
 
 
 class CBO(Population):
@@ -101,7 +78,7 @@ class CBO(Population):
     - `memory`: drift to the best point that each particle has seen, with this rate times dt.
     - `gradient`: drift along the negative gradient, with this rate times dt; asks for gradients.
     - `retract`: maps every particle back to a set, for instance [`Sphere`][]; called with the point
-      as a pytree like x.
+      as a pytree like x. Not together with bounds.
     - `mirror`: the particles stay on the image of this [`MirrorMap`][], for instance [`Simplex`][]:
       they are moved in its dual space, where `spread` counts too. Not together with `retract`,
       bounds or [`Covariance`][].
@@ -154,19 +131,19 @@ class CBO(Population):
     sharding: NamedSharding | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        check_count(self.particles)
+        check_count(self, "particles")
         check_spread(self.spread)
         check_positive(self, "drift", "dt", "penalty", "tol")
+        check_positive(self, "memory", "gradient", "constraint_drift")
         check_not_negative(self, "feasible_within", "patience")
-        if self.batch is not None and not 2 <= self.batch <= self.particles:
+        if self.batch is not None and self.batch not in range(2, self.particles + 1):
             raise ValueError(f"batch is {self.batch!r}: give 2 to {self.particles} particles.")
         for leaf in jax.tree.leaves(self.ensemble):
             if is_concrete(leaf) and not np.isfinite(np.asarray(leaf)).all():
                 raise ValueError("ensemble has entries that are not finite: leave them out.")
-        for name in ("memory", "gradient", "constraint_drift"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, jax.Array) and not value > 0:
-                raise ValueError(f"{name} is {value}: it must be positive, or None for none.")
+        for name in ("memory", "gradient"):
+            if getattr(self, name) is not None and isinstance(self.noise, Covariance):
+                raise ValueError(f"{name} is a drift, and Covariance has none: leave it out.")
         if self.mirror is not None and (
             self.retract is not None or isinstance(self.noise, Covariance)
         ):
@@ -196,13 +173,12 @@ class CBO(Population):
 
     def init(self, start: Start) -> CBOState:
         x0, _ = ravel_pytree(start.x)
+        refuse_bounds(start, mirror=self.mirror, retract=self.retract)
         box = Box.of(start)
         key, first = jax.random.split(start.key)
         bounded = jnp.all(jnp.isfinite(box.lower) & jnp.isfinite(box.upper))
         x = self._ensemble(start, x0, box, bounded, first)
         if self.mirror is not None:
-            if start.bounds is not None:
-                raise ValueError("mirror is given and the problem has bounds: choose one of both.")
             drawn = x - x0[None] + self._dual(x0[None])
             x = self._dual(x) if self.ensemble is not None else drawn
         x = distributed(self._primal(box, x), self.sharding)
@@ -281,8 +257,9 @@ class CBO(Population):
         def put(y: Array) -> Array:
             if self.mirror is not None:
                 return self.mirror(y)
-            x = box.clip(y)
-            return x if self.retract is None else ravel_pytree(self.retract(box.unravel(x)))[0]
+            if self.retract is not None:
+                return ravel_pytree(self.retract(box.unravel(y)))[0]
+            return box.clip(y)
 
         return jax.vmap(put)(y)
 
@@ -330,6 +307,11 @@ class CBO(Population):
         value = (evaluation.value + evaluation.value_error).astype(dtype)
         ok = ok & ~jnp.isnan(value) & (value < jnp.inf)
         violation = jnp.zeros_like(value)
+        if evaluation.violation is None and self.consensus.of_violations:
+            raise ValueError(
+                f"consensus is {self.consensus}, but the points of this problem have no "
+                "`violation`: give the problem constraints, or use another consensus."
+            )
         if evaluation.violation is not None:
             violation = jnp.where(ok, evaluation.violation.astype(dtype), jnp.inf)
         energy = jnp.where(ok, value + state.penalty * violation, jnp.inf)

@@ -6,7 +6,7 @@ to it into a random displacement.
 """
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -16,6 +16,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tolerax.inner.noise import fold_in, normal, uniform
 from tolerax.inner.particles import replicated, weighted_mean
+from tolerax.solvers._population import (
+    check_count,
+    check_not_negative,
+    check_positive,
+    check_share,
+)
 
 Positions = Float[Array, "n d"]
 Energies = Float[Array, " n"]
@@ -34,6 +40,9 @@ class Agreement(eqx.Module):
 
 class Consensus(eqx.Module):
     """How particles agree on a point."""
+
+    #: Whether it says nothing where points have no `violation`.
+    of_violations: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(
@@ -100,10 +109,7 @@ class SoftConsensus(Consensus):
     standardized: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self):
-        for name in ("alpha", "growth"):
-            value = getattr(self, name)
-            if not isinstance(value, jax.Array) and not value > 0:
-                raise ValueError(f"{name} is {value}: it must be positive.")
+        check_positive(self, "alpha", "growth")
 
     def __call__(
         self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
@@ -146,8 +152,8 @@ class EffectiveSampleSize(Consensus):
     bisections: int = eqx.field(static=True, default=30)
 
     def __check_init__(self):
-        if not isinstance(self.share, jax.Array) and not 0 < self.share < 1:
-            raise ValueError(f"share is {self.share}: it must lie between 0 and 1.")
+        check_share(self, "share")
+        check_count(self, "bisections", 1)
 
     def __call__(
         self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
@@ -180,6 +186,9 @@ class Polarized(Consensus):
     kappa: float = 1.0
     alpha: float = 30.0
 
+    def __check_init__(self):
+        check_positive(self, "kappa", "alpha")
+
     def __call__(
         self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
     ) -> Agreement:
@@ -195,7 +204,9 @@ class Polarized(Consensus):
 class Quantile(Consensus):
     """Of the particles with the lowest `violation` the best: for an upper level over the minimizers
     of a lower one (CB2O: arXiv 2411.13394). The problem answers with the upper value as `value` and
-    the lower one as `violation`.
+    the lower one as `violation`: give it as a constraint `lower(x) <= 0`, shifted so that its
+    minimum is 0. With a minimum above 0 nothing is feasible, and with one below 0 the run finds the
+    lowest upper value wherever `lower(x) <= 0`, minimizer or not.
 
     - `share`: how many are kept (at least one), between 0 and 1. - `alpha`: as in
       [`SoftConsensus`][].
@@ -203,16 +214,23 @@ class Quantile(Consensus):
 
     share: float = 0.1
     alpha: float = 30.0
+    of_violations = True
+
+    def __check_init__(self):
+        check_share(self, "share")
+        check_positive(self, "alpha")
 
     def __call__(
         self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
     ) -> Agreement:
+        del step
         lower = jnp.where(energy < jnp.inf, violation, jnp.inf)
-        rank = jnp.argsort(jnp.argsort(lower))
+        # Of those that violate alike the ones with the lowest energy.
+        rank = jnp.argsort(jnp.lexsort((energy, lower)))
         count = jnp.maximum(jnp.sum(lower < jnp.inf), 1)
         kept = rank < jnp.maximum(jnp.floor(self.share * count), 1)
-        soft = SoftConsensus(self.alpha)
-        return soft(x, jnp.where(kept, energy, jnp.inf), violation, step, over)
+        shifted = _shifted(jnp.where(kept, energy, jnp.inf))
+        return _agree(x, _boltzmann(self.alpha / _height(shifted), shifted), over)
 
 
 class Noise(eqx.Module):
@@ -260,7 +278,8 @@ class Anisotropic(Noise):
       times xi: multiplicative noise alone never brings back a coordinate that all particles agree
       on. (Jump diffusion as of Kalise, Sharma, Tretyakov, *M3AS* 33, 2023, with a width that does
       not vanish.)
-    - `floor`: the least |u_j| in the noise, relative to the spread of the start.
+    - `floor`: the least |u_j| in the noise, relative to the spread of the start. With a floor above
+      `tol` particles never agree, and the run ends with its budget.
     - `truncated`: the largest |u_j| in the noise (arXiv 2310.16610).
     """
 
@@ -271,10 +290,7 @@ class Anisotropic(Noise):
     truncated: float = float("inf")
 
     def __check_init__(self):
-        for name in ("s", "jumps", "jump_scale", "floor", "truncated"):
-            value = getattr(self, name)
-            if isinstance(value, float | int) and not value >= 0:
-                raise ValueError(f"{name} is {value}: it must not be negative.")
+        check_not_negative(self, "s", "jumps", "jump_scale", "floor", "truncated")
 
     def __call__(
         self,
@@ -321,6 +337,9 @@ class Isotropic(Noise):
     floor: float = 0.0
     truncated: float = float("inf")
 
+    def __check_init__(self):
+        check_not_negative(self, "s", "floor", "truncated")
+
     def __call__(
         self,
         key: PRNGKeyArray,
@@ -355,8 +374,9 @@ class Shape(eqx.Module):
 class Covariance(Noise):
     """Noise in the shape of the weighted covariance C of the particles, for landscapes that are
     rotated or badly scaled. Particles are drawn anew, `x = m + L xi` with `L L' = C`, so there is
-    no drift. To be used with [`RankWeights`][] and N = 750 particles (few where the problem is
-    easy, more for longer runs); a step costs O(N d^2 + d^3).
+    no drift: `drift` and `dt` of [`CBO`][] do nothing, `memory` and `gradient` are refused. To be
+    used with [`RankWeights`][] and N = 750 particles (few where the problem is easy, more for
+    longer runs); a step costs O(N d^2 + d^3).
 
     In every step `C <- (1 - c) C + c sum_i w_i (x_i - m')(x_i - m')'` with the *previous* consensus
     m', so that C grows along a slope, and `c = min(rate, 2 mu / ((d + 2)^2 + mu))` for the
@@ -368,11 +388,15 @@ class Covariance(Noise):
     *Studies in Applied Mathematics* 148, 2022) with a memory of the covariance, or CMA-ES without
     its paths.
 
-    - `rate`: the largest c. - `inflation`: the exponent; 0 for none.
+    - `rate`: the largest c, between 0 and 1. - `inflation`: the exponent; 0 for none.
     """
 
     rate: float = 0.4
     inflation: float = 0.5
+
+    def __check_init__(self):
+        check_share(self, "rate")
+        check_not_negative(self, "inflation")
 
     def init(self, x: Positions) -> Shape:
         d = x.shape[1]

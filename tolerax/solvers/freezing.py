@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Start
 from tolerax.inner.noise import fold_in, normal
+from tolerax.solvers._cbo_state import CBOState
 from tolerax.solvers._population import (
     Population,
     check_count,
@@ -16,7 +17,7 @@ from tolerax.solvers._population import (
     check_positive,
     check_spread,
 )
-from tolerax.solvers.cbo import CBO, CBOState
+from tolerax.solvers.cbo import CBO
 from tolerax.solvers.consensus import Agreement, Consensus, HardMinimum, Noise
 
 Positions = Float[Array, "n d"]
@@ -112,7 +113,7 @@ class ConsensusFreezing(Population):
     sharding: NamedSharding | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        check_count(self.particles)
+        check_count(self, "particles")
         check_spread(self.spread)
         check_positive(self, "drift", "interval", "shrink", "tol")
         check_not_negative(self, "sigma", "width", "patience")

@@ -27,6 +27,7 @@ from tolerax.solvers._population import (
     probe_lengths,
     probed,
     probes,
+    refuse_bounds,
     scale_like,
 )
 from tolerax.solvers.consensus import Consensus, RankWeights
@@ -77,7 +78,8 @@ class ConsensusHopping(Population):
       `SoftConsensus(100.0, standardized=False)` and `shrink=1` make the scheme of the paper.
     - `spread`: s at the start; a pytree like x, or a number.
     - `shrink`: s is multiplied by this in every step; `None` follows the path.
-    - `retract`: maps every point back to a set, for instance [`Sphere`][].
+    - `retract`: maps every point back to a set, for instance [`Sphere`][]. Not together with
+      bounds.
     - `accuracy`: what is asked of problems whose values are not exact; the upper end of the
       interval of a value is its energy.
     - `sharding`: a `NamedSharding` of the leading axis of the particles, as of [`CBO`][].
@@ -103,9 +105,14 @@ class ConsensusHopping(Population):
     sharding: NamedSharding | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        check_count(self.particles)
+        check_count(self, "particles")
         check_spread(self.spread)
-        check_positive(self, "tol", *(() if self.shrink is None else ("shrink",)))
+        check_positive(self, "tol", "shrink")
+        if self.consensus.of_violations:
+            raise ValueError(
+                f"consensus is {self.consensus}, but ConsensusHopping does not look at violations: "
+                "use `CBO`."
+            )
 
     @property
     def honours_bounds(self) -> bool:
@@ -113,6 +120,7 @@ class ConsensusHopping(Population):
 
     def init(self, start: Start) -> HoppingState:
         x, _ = ravel_pytree(start.x)
+        refuse_bounds(start, retract=self.retract)
         box = Box.of(start)
         false = jnp.array(False)
         return HoppingState(
@@ -134,12 +142,10 @@ class ConsensusHopping(Population):
 
     def _feasible(self, box: Box) -> Callable[[Array], Array]:
         """A flat point put back where it may be."""
-
-        def put(x: Array) -> Array:
-            x = box.clip(x)
-            return x if self.retract is None else ravel_pytree(self.retract(box.unravel(x)))[0]
-
-        return put
+        if self.retract is None:
+            return box.clip
+        retract = self.retract
+        return lambda x: ravel_pytree(retract(box.unravel(x)))[0]
 
     def _cloud(self, state: HoppingState) -> Positions:
         """The point itself, and particles around it."""

@@ -103,9 +103,9 @@ class EnsembleKalmanInversion(Population):
     accuracy: Accuracy = eqx.field(default_factory=lambda: Accuracy(1e-4, 1e-4))
 
     def __check_init__(self):
-        check_count(self.particles)
+        check_count(self, "particles")
         check_spread(self.spread)
-        check_positive(self, "tol", *(() if self.step is None else ("step",)))
+        check_positive(self, "tol", "step")
 
     @property
     def honours_bounds(self) -> bool:

@@ -8,11 +8,16 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from tolerax.solvers._population import check_positive
+
 
 class Sphere(eqx.Module):
     """The nearest point with norm `radius`, for `retract` (all leaves of x together)."""
 
     radius: float = 1.0
+
+    def __check_init__(self):
+        check_positive(self, "radius")
 
     def __call__(self, x: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(x)
@@ -62,6 +67,9 @@ class Simplex(MirrorMap):
 
     total: float = 1.0
 
+    def __check_init__(self):
+        check_positive(self, "total")
+
     def __call__(self, y: Float[Array, " d"]) -> Float[Array, " d"]:
         return self.total * jax.nn.softmax(y)
 
@@ -74,6 +82,9 @@ class Ball(MirrorMap):
     `x = y / sqrt(1 + |y|^2 / radius^2)`."""
 
     radius: float = 1.0
+
+    def __check_init__(self):
+        check_positive(self, "radius")
 
     def __call__(self, y: Float[Array, " d"]) -> Float[Array, " d"]:
         return y / jnp.sqrt(1 + jnp.sum(y * y) / self.radius**2)

@@ -20,6 +20,7 @@ from tolerax.solvers._population import (
     boltzmann,
     check_count,
     check_positive,
+    check_share,
     check_spread,
     energies,
     first_ensemble,
@@ -138,13 +139,12 @@ class ConsensusSampling(Solver):
     accuracy: Accuracy = eqx.field(default_factory=lambda: Accuracy(1e-4, 1e-4))
 
     def __check_init__(self):
-        check_count(self.particles)
+        check_count(self, "particles")
         check_spread(self.spread)
-        check_positive(self, "settled", "tol", *(() if self.beta is None else ("beta",)))
+        check_positive(self, "settled", "tol", "beta")
+        check_share(self, "share")
         if self.mode not in ("sample", "optimize"):
             raise ValueError(f'mode is {self.mode!r}: use "sample" or "optimize".')
-        if not isinstance(self.share, jax.Array) and not 0 < self.share < 1:
-            raise ValueError(f"share is {self.share}: it must lie between 0 and 1.")
         if not isinstance(self.keep, jax.Array) and not 0 <= self.keep < 1:
             raise ValueError(f"keep is {self.keep}: it must be at least 0 and less than 1.")
 
