@@ -3,7 +3,7 @@ machine that `ModelTrustRegion` runs and `CDSM` searches with. Points are flat a
 scale of each variable."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,7 +15,8 @@ from tolerax.contracts import Start
 from tolerax.inner.interpolation import Basis, Quadratic, basis
 from tolerax.inner.trust_region import in_ball_and_box
 from tolerax.solvers._common import Box, select
-from tolerax.solvers._population import scale_like
+from tolerax.solvers._population import check_spread, scale_like
+from tolerax.validation import is_concrete
 
 Scalar = Float[Array, ""]
 Vector = Float[Array, " n"]
@@ -266,6 +267,20 @@ def inserted(region: Region, point: Vector, value: Scalar, sides: Sides) -> Regi
         improve=jnp.array(False),
         shrink=jnp.array(False),
     )
+
+
+def check_fields(owner: Any, *counts: str) -> None:
+    """Raise for a `radius`, a `tol` or `counts` that a run could not go by."""
+    check_spread(owner.radius, "radius")
+    if is_concrete(owner.tol) and not 0 < owner.tol < 1:
+        raise ValueError(
+            f"tol is {owner.tol}: it is the last radius in units of the first, so give a number "
+            "between 0 and 1."
+        )
+    for name in counts:
+        value = getattr(owner, name)
+        if value is not None and (not isinstance(value, int) or value is True or value < 1):
+            raise ValueError(f"{name} is {value!r}: give an integer of at least 1.")
 
 
 def first_radius(radius: PyTree, start: Start, box: Box) -> Float[Array, " n"]:

@@ -175,13 +175,13 @@ def refuse_bounds(start: Start, **maps: Any) -> None:
             raise ValueError(f"{name} is given and the problem has bounds: choose one of both.")
 
 
-def check_spread(spread: PyTree) -> None:
+def check_spread(spread: PyTree, name: str = "spread") -> None:
     """Raise where a spread has entries that are not positive and finite."""
     for leaf in jax.tree.leaves(spread):
         if is_concrete(leaf):
             entries = np.asarray(leaf)
             if not (np.isfinite(entries).all() and (entries > 0).all()):
-                raise ValueError(f"spread is {spread!r}: its entries must be positive and finite.")
+                raise ValueError(f"{name} is {spread!r}: its entries must be positive and finite.")
 
 
 def any_finite(energy: Float[Array, " n"]) -> Bool[Array, ""]:

@@ -17,6 +17,7 @@ from tolerax.solvers._common import Box, lost_in, select
 from tolerax.solvers._model_steps import (
     Region,
     Sides,
+    check_fields,
     first_radius,
     inserted,
     opened,
@@ -26,6 +27,7 @@ from tolerax.solvers._model_steps import (
 )
 from tolerax.solvers._population import batch_query, check_positive, energies, flat
 from tolerax.status import Status
+from tolerax.validation import is_concrete
 
 STAR, SEARCH, POLL = range(3)
 # Where points have no value, what a poll without success leaves of its radius.
@@ -134,11 +136,10 @@ class CDSM(Solver):
     accuracy: Accuracy = eqx.field(default_factory=lambda: Accuracy(1e-6, 1e-6))
 
     def __check_init__(self):
-        check_positive(self, "tol", "covering")
-        for name in ("batch", "memory"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is {value!r}: give an integer of at least 1.")
+        check_fields(self, "batch", "memory")
+        check_positive(self, "covering")
+        if is_concrete(self.feasible_within) and not self.feasible_within >= 0:
+            raise ValueError(f"feasible_within is {self.feasible_within}: it must not be negative.")
 
     @property
     def honours_bounds(self) -> bool:

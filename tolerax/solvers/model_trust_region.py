@@ -19,13 +19,14 @@ from tolerax.solvers._exploration import Exploration
 from tolerax.solvers._model_steps import (
     Region,
     Sides,
+    check_fields,
     first_radius,
     opened,
     planned,
     star,
     told,
 )
-from tolerax.solvers._population import batch_query, check_positive, energies
+from tolerax.solvers._population import batch_query, energies
 from tolerax.status import Status
 
 STAR, STEP, POLL, GENERATION = range(4)
@@ -110,9 +111,7 @@ class ModelTrustRegion(Solver):
     accuracy: Accuracy = eqx.field(default_factory=lambda: Accuracy(1e-6, 1e-6))
 
     def __check_init__(self):
-        check_positive(self, "tol")
-        if not isinstance(self.batch, int) or self.batch < 1:
-            raise ValueError(f"batch is {self.batch!r}: give an integer of at least 1.")
+        check_fields(self, "batch")
 
     @property
     def honours_bounds(self) -> bool:
