@@ -315,6 +315,18 @@ def test_fixed_variables():
     assert (result.success, result.status_name) == (False, "non_finite_start")
 
 
+@pytest.mark.parametrize("method", ["cdsm", "sqp"])
+def test_fixed_variables_do_not_hide_a_constraint(method):
+    limits = {"bounds": [(1, 1), (1, 1)], "method": method}
+    known = lambda low: {"type": "ineq", "fun": lambda x: x[0] - low}  # noqa: E731
+    result = tolerax.minimize(lambda x: x[0] + x[1], [1.0, 1.0], constraints=known(5), **limits)
+    assert (result.success, result.status_name) == (False, "infeasible")
+    assert "violated by 4.0" in result.message
+    assert tolerax.minimize(
+        lambda x: x[0] + x[1], [1.0, 1.0], constraints=known(1), **limits
+    ).success
+
+
 class Ignores(Solver):
     """Asks for the start again and again."""
 

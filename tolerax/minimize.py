@@ -262,7 +262,7 @@ def _minimize(
         problem, solver = in_float64(problem), in_float64(solver)
         x = inside(x, problem.bounds)
         if all_fixed(x, problem.bounds):
-            return _only_point(problem, x)
+            return _only_point(problem, solver, x)
         try:
             solution = _run(problem, solver, x, callback, options)
         except TypeError as error:
@@ -439,21 +439,24 @@ def _configure(solver: Solver, options: dict[str, Any]) -> tuple[Solver, dict[st
 # -- the result -----------------------------------------------------------------------------------
 
 
-def _only_point(problem: Problem, x: PyTree) -> Any:
+def _only_point(problem: Problem, solver: Solver, x: PyTree) -> Any:
     """The result when the bounds leave no choice."""
     from scipy.optimize import OptimizeResult
 
     query = Query(x, Accuracy(1e-3, 1e-3), problem.cold_start(), derivatives=0)
     evaluation = problem.evaluate(query)
     value = float(evaluation.value)
-    fine = bool(np.isfinite(value))
+    name, more = "converged", ""
+    if not np.isfinite(value):
+        name, more = "non_finite_start", " The value there is not finite."
+    elif evaluation.violation is not None and not evaluation.violation <= solver.feasibility:
+        name, more = "infeasible", f" Constraints are violated by {float(evaluation.violation)}."
     return OptimizeResult(
         x=jax.tree.map(np.array, x),
-        success=fine,
-        status=CODES["converged" if fine else "non_finite_start"],
-        status_name="converged" if fine else "non_finite_start",
-        message="All variables are fixed by the bounds."
-        + ("" if fine else " The value there is not finite."),
+        success=name == "converged",
+        status=CODES[name],
+        status_name=name,
+        message="All variables are fixed by the bounds." + more,
         fun=value,
         value_error=float(evaluation.value_error),
         nfev=int(evaluation.work.values),
