@@ -25,6 +25,8 @@ from tolerax.validation import check_bounds, check_start, is_concrete
             r"different dtypes \(x0\['a'\]: float64, x0\['b'\]: float32\): cast them to one",
         ),
         (np.array(["a"]), TypeError, "x0 has dtype <U1"),
+        (jnp.ones(2, jnp.float16), TypeError, "x0 has dtype float16.* cast it to float32"),
+        (jnp.ones(2, jnp.bfloat16), TypeError, "x0 has dtype bfloat16.* cast it to float32"),
         (np.array([None]), TypeError, "x0 has dtype object"),
     ],
 )

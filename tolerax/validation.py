@@ -48,6 +48,12 @@ def check_start(x0: PyTree) -> PyTree:
                 f"x0{_name(path)} has dtype {dtype}: cast it to a floating-point type, for "
                 "instance with `jnp.asarray(x0, float)`."
             )
+        if jnp.finfo(dtype).bits < 32:
+            raise TypeError(
+                f"x0{_name(path)} has dtype {dtype}, too few digits to optimize in: cast it to "
+                "float32 with `jnp.asarray(x0, jnp.float32)`; what the objective computes with may "
+                "stay in half precision."
+            )
         dtypes[_name(path)] = jax.dtypes.canonicalize_dtype(dtype)
     if len(set(dtypes.values())) > 1:
         listed = ", ".join(f"x0{name}: {dtype}" for name, dtype in dtypes.items())
