@@ -84,8 +84,15 @@ def solve(
         )
     if not isinstance(solver, Solver):
         raise TypeError(f"solver is {solver!r}, not a Solver: try `tolerax.InexactLineSearch()`.")
-    if not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"max_steps is {max_steps!r}: give a positive integer.")
+    max_steps = _positive("max_steps", max_steps)
+    if max_seconds is not None and not max_seconds > 0:
+        raise ValueError(f"max_seconds is {max_seconds!r}: give a positive number, or None.")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback is {callback!r}: give a function of a step, or None.")
+    if not isinstance(checkpoint, str | os.PathLike | Checkpoint | None):
+        raise TypeError(f"checkpoint is {checkpoint!r}: give a path, a Checkpoint, or None.")
+    if key is not None and not _is_key(key):
+        raise TypeError(f"key is {key!r}: make one with `jax.random.key(0)`.")
     if problem.bounds is not None and not solver.honours_bounds:
         raise ValueError(
             f"{type(solver).__name__} does not honour bounds: use a solver that does, or remove "
@@ -135,15 +142,29 @@ def solve(
 
 def _limits(max_work: int | Mapping[str, int] | None) -> _loop.Limits:
     """`max_work` as a limit of each kind; the names are those of `Work`."""
-    limits = {"units": max_work} if isinstance(max_work, int) else dict(max_work or {})
+    if not isinstance(max_work, Mapping | None):
+        max_work = {"units": max_work}
+    limits = dict(max_work or {})
     for name, limit in limits.items():
         if name not in _loop.KINDS:
             known = ", ".join(_loop.KINDS)
             raise ValueError(f"max_work has the key {name!r}: use one of {known}.")
-        if not limit > 0:
-            raise ValueError(f"max_work[{name!r}] is {limit!r}: give a positive integer.")
+        limits[name] = _positive(f"max_work[{name!r}]", limit)
     none = np.iinfo(jnp.result_type(int)).max
     return jnp.asarray([limits.get(name, none) for name in _loop.KINDS])
+
+
+def _positive(name: str, number: Any) -> int:
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+        raise ValueError(f"{name} is {number!r}: give a positive integer.")
+    return int(number)
+
+
+def _is_key(key: Any) -> bool:
+    dtype = getattr(key, "dtype", None)
+    return dtype is not None and (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and key.ndim == 1)
+    )
 
 
 def _refuse_host_features(

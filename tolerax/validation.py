@@ -61,6 +61,35 @@ def check_start(x0: PyTree) -> PyTree:
     return jax.tree.map(jnp.asarray, x0)
 
 
+_RANGES = {
+    "positive": ("be positive", lambda number: number > 0),
+    "at least 0": ("not be negative", lambda number: number >= 0),
+    "at least 1": ("be at least 1", lambda number: number >= 1),
+    "below 1": ("lie between 0 and 1", lambda number: 0 < number < 1),
+    "up to 1": ("lie between 0 and 1, or be 1", lambda number: 0 < number <= 1),
+}
+
+
+def check_options(options: Any, **ranges: str) -> None:
+    """Raise for attributes of `options` that are outside their ranges, where they are concrete.
+
+    - `ranges`: for each range the names of the options in it, separated by spaces; in the name of
+      the range a space is an underscore.
+    """
+    for kind, names in ranges.items():
+        must, holds = _RANGES[kind.replace("_", " ")]
+        for name in names.split():
+            value = getattr(options, name)
+            if not is_concrete(value):
+                continue
+            try:
+                inside = bool(holds(value))
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"{name} is {value!r}: give a number.") from error
+            if not inside:
+                raise ValueError(f"{name} is {value}: it must {must}.")
+
+
 def one_dtype(tree: PyTree, name: str) -> None:
     """Raise for leaves of different dtypes; the tree is called `name`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)

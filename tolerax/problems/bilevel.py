@@ -143,6 +143,9 @@ class Bilevel(Problem):
                 f"recycle is {recycle} with preconditioner {preconditioner!r}: give a rank of at "
                 "least 0, and only one of both."
             )
+        for name, function in (("upper", upper), ("lower", lower)):
+            if not callable(function):
+                raise TypeError(f"{name} is {function!r}: give a function of (y, x).")
         kind = Energy if norm == "energy" else Euclidean
         self.oracle = Implicit(
             upper,

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-from tolerax.contracts import Start
+from tolerax.contracts import Accuracy, Start
 from tolerax.inner.metric import Metric, definite_norm
 from tolerax.status import PointStatus, Status
+from tolerax.validation import check_options
 
 
 class Box(eqx.Module):
@@ -77,6 +78,13 @@ class Geometry:
     def stationarity(self, x: Float[Array, " n"], z: Float[Array, " n"]) -> Float[Array, ""]:
         """The norm of the projected derivative."""
         return self.dual(jnp.where(self.box.blocked(x, z), 0, z))
+
+
+def check_accuracy(accuracy: Any) -> None:
+    """Raise for a first request that is none."""
+    if not isinstance(accuracy, Accuracy):
+        raise TypeError(f"accuracy is {accuracy!r}: give an Accuracy(state, adjoint).")
+    check_options(accuracy, at_least_0="state adjoint")
 
 
 def select(condition: Array, yes: PyTree, no: PyTree) -> PyTree:

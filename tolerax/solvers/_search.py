@@ -12,7 +12,15 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
-from tolerax.solvers._common import Box, Geometry, failure, resolution, select, success
+from tolerax.solvers._common import (
+    Box,
+    Geometry,
+    check_accuracy,
+    failure,
+    resolution,
+    select,
+    success,
+)
 from tolerax.solvers._search_state import (
     AHEAD,
     BEHIND,
@@ -25,6 +33,7 @@ from tolerax.solvers._search_state import (
     Todo,
 )
 from tolerax.status import PointStatus, Status, is_failed
+from tolerax.validation import check_options
 
 
 class IntervalSearch(Solver):
@@ -48,14 +57,14 @@ class IntervalSearch(Solver):
     max_refinements: int = 12
 
     def __check_init__(self):
-        for name in ("eta", "share", "sufficient_decrease"):
-            value = getattr(self, name)
-            if not isinstance(value, jax.Array) and not 0 < value < 1:
-                raise ValueError(f"{name} is {value}: it must lie between 0 and 1.")
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if not isinstance(value, jax.Array) and not value >= 0:
-                raise ValueError(f"{name} is {value}: it must not be negative.")
+        check_options(
+            self,
+            below_1="eta share sufficient_decrease",
+            at_least_0="rtol atol",
+            positive="first_step",
+            at_least_1="max_trials max_refinements",
+        )
+        check_accuracy(self.accuracy)
 
     @property
     def honours_bounds(self) -> bool:

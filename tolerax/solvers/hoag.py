@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.solvers._common import Box, resolution, select, success
 from tolerax.status import Status, is_failed
+from tolerax.validation import check_options
 
 
 class HOAGState(eqx.Module):
@@ -64,6 +65,7 @@ class HOAG(Solver):
     def __check_init__(self):
         if self.schedule not in ("geometric", "power"):
             raise ValueError(f'schedule is {self.schedule!r}: use "geometric" or "power".')
+        check_options(self, positive="tolerance", up_to_1="decay", at_least_0="power rtol atol")
 
     @property
     def honours_bounds(self) -> bool:

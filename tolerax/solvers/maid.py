@@ -10,8 +10,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
-from tolerax.solvers._common import Box, failure, resolution, select, success
+from tolerax.solvers._common import Box, check_accuracy, failure, resolution, select, success
 from tolerax.status import PointStatus, Status, is_failed
+from tolerax.validation import check_options
 
 GRADIENT, TRIAL = 0, 1
 
@@ -78,6 +79,16 @@ class MAID(Solver):
     relax: float = 1.05
     first_tries: int = 10
     max_rounds: int = 60
+
+    def __check_init__(self):
+        check_options(
+            self,
+            at_least_0="rtol atol decrease",
+            positive="first_step",
+            below_1="eta shrink tighten",
+            at_least_1="grow relax first_tries max_rounds",
+        )
+        check_accuracy(self.accuracy)
 
     @property
     def honours_bounds(self) -> bool:
