@@ -18,7 +18,10 @@ GRADIENT, TRIAL = 0, 1
 
 
 class MAIDState(eqx.Module):
-    """The point with its value interval and gradient, the search along it, the tolerances."""
+    """The point with its value interval and gradient, the search along it, the tolerances.
+
+    `miss`: by how much the last trial missed what the gradient predicted, over its step.
+    """
 
     x: Float[Array, " n"]
     f: Float[Array, ""]
@@ -32,6 +35,7 @@ class MAIDState(eqx.Module):
     request: Accuracy
     step: Float[Array, ""]
     base_step: Float[Array, ""]
+    miss: Float[Array, ""]
     tries: Int[Array, ""]
     allowed: Int[Array, ""]
     rounds: Int[Array, ""]
@@ -48,7 +52,8 @@ class MAID(Solver):
     most `(1 - eta) |z|`; then steps `-step * z` are tried, `step` shrinking by `shrink`, until the
     upper end of the new value lies below the lower end of the old one by `decrease * step * |z|^2`.
     After success step and tolerances grow; after too many trials the tolerances shrink and the
-    gradient is computed again. Trials ask for no adjoint.
+    gradient is computed again, unless the trials show that it is wrong (a test of our own). Trials
+    ask for no adjoint.
 
     For the bounds as published use it with `Bilevel(..., norm="euclidean")`; with the energy norm
     it is the same method on sharper bounds. `InexactLineSearch` is what we recommend.
@@ -113,6 +118,7 @@ class MAID(Solver):
             request=request,
             step=step,
             base_step=step,
+            miss=inf,
             tries=count,
             allowed=jnp.array(self.first_tries, jnp.int32),
             rounds=count,
@@ -175,6 +181,7 @@ class MAID(Solver):
             mode=jnp.where(descends, TRIAL, GRADIENT).astype(jnp.int32),
             request=select(descends, state.request, state.request * self.tighten),
             step=state.base_step,
+            miss=jnp.full_like(state.miss, jnp.inf),
             tries=jnp.zeros_like(state.tries),
             rounds=rounds,
             scale=scale,
@@ -193,6 +200,13 @@ class MAID(Solver):
         lower = state.f - state.f_error
         accept = ~failed & (upper - lower <= -self.decrease * state.step * z_squared)
         accept = accept & jnp.any(x != state.x)
+        # What curvature adds to a miss falls with the step; one that stays comes from the gradient.
+        miss = (evaluation.value - state.f) / state.step + z_squared
+        steady = jnp.abs(miss - state.miss) <= 0.25 * jnp.abs(miss)
+        eps = jnp.finfo(state.x.dtype).eps
+        rounding = 8 * eps * jnp.maximum(jnp.abs(state.f), jnp.abs(evaluation.value))
+        errors = (state.f_error + evaluation.value_error + rounding) / state.step
+        allowed = 0.5 * z_squared + 2 * errors + state.z_error * jnp.linalg.norm(state.z)
         tries = state.tries + 1
         give_up = ~accept & (tries >= state.allowed)
         shorter = state.step * self.shrink
@@ -207,6 +221,7 @@ class MAID(Solver):
             mode=jnp.where(accept | give_up, GRADIENT, TRIAL).astype(jnp.int32),
             request=request,
             step=shorter,
+            miss=miss,
             base_step=jnp.where(
                 accept, state.step * self.grow, jnp.where(give_up, shorter, state.base_step)
             ),
@@ -215,6 +230,8 @@ class MAID(Solver):
             rounds=rounds,
             iterations=state.iterations + accept,
         )
+        wrong = give_up & ~failed & steady & (jnp.abs(miss) > allowed)
+        new = _end(new, wrong, Status.gradient_inconsistent)
         return _end(new, rounds > self.max_rounds, Status.stalled)
 
 
