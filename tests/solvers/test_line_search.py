@@ -1,10 +1,12 @@
 """The line searches: options, steepest descent, and nested problems with a known optimum."""
 
+import equinox as eqx
 import jax.numpy as jnp
 import pytest
 
 import tolerax
-from tolerax import HOAG, MAID, Accuracy, InexactLineSearch
+from tolerax import HOAG, MAID, Accuracy, Evaluation, InexactLineSearch, PointStatus, Work
+from tolerax.problems import CrossBounds
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,60 @@ def test_steepest_descent_finds_its_step_at_any_scale(curvature):
     solution = tolerax.solve(problem, search, jnp.array([3.0, 4.0]))
     assert solution.success
     assert int(solution.steps) < 50
+
+
+def nested():
+    """`y = 2 / (1 + exp(x))` in all entries: the upper level is 0 at x = 0."""
+
+    def cross(y, q, x):
+        root = jnp.exp(0.5 * x)
+        return CrossBounds(root * jnp.linalg.norm(y), root * jnp.linalg.norm(q), 1.0)
+
+    return tolerax.Bilevel(
+        lambda y, x: jnp.sum((y - 1) ** 2),
+        lambda y, x: 0.5 * jnp.sum((y - 2) ** 2) + 0.5 * jnp.exp(x) * jnp.sum(y**2),
+        jnp.zeros(3),
+        strong_convexity=jnp.exp,
+        self_concordance=0.0,
+        upper_smoothness=2.0,
+        cross=cross,
+    )
+
+
+@pytest.mark.parametrize("solver", [InexactLineSearch, MAID, HOAG])
+def test_a_nested_problem_is_solved_to_its_known_optimum(solver):
+    solution = tolerax.solve(nested(), solver(rtol=1e-4, atol=0.0), jnp.array(1.0))
+    assert solution.status == tolerax.Status.converged
+    assert abs(float(solution.x)) < 1e-3
+    lower, upper = solution.interval
+    assert lower <= 3 * (2 / (1 + jnp.exp(solution.x)) - 1) ** 2 <= upper
+
+
+class Lopsided(tolerax.Problem):
+    """A bowl whose gradient error comes from the adjoint, 1000 times what the state adds to it."""
+
+    bounds: None = eqx.field(default=None)
+
+    def evaluate(self, query):
+        x, accuracy = query.x, query.accuracy
+        zero = jnp.zeros(())
+        parts = Accuracy(0.01 * accuracy.state, 10 * accuracy.adjoint)
+        return Evaluation(
+            value=jnp.sum(x**2),
+            value_error=zero,
+            gradient=2 * x,
+            gradient_error=parts.total,
+            gradient_error_parts=parts,
+            achieved=accuracy,
+            work=Work(points=1),
+            status=PointStatus.ok,
+        )
+
+
+def test_the_tolerance_that_dominates_the_error_is_tightened():
+    search = InexactLineSearch(rtol=1e-6, atol=0.0, accuracy=Accuracy(1.0, 1.0))
+    solution = tolerax.solve(Lopsided(), search, jnp.array([3.0, 4.0]))
+    assert solution.success
+    rows = solution.history.rows()
+    assert rows["adjoint_tolerance"].min() < 1e-5
+    assert rows["state_tolerance"].min() > 100 * rows["adjoint_tolerance"].min()

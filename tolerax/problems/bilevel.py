@@ -44,11 +44,13 @@ class SumOver(eqx.Module):
     def __check_init__(self):
         if self.reduction not in ("sum", "mean"):
             raise ValueError(f'reduction is {self.reduction!r}: use "sum" or "mean".')
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: give at least 1, or None.")
         sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(self.data)}
-        if len(sizes) != 1 or () in sizes:
+        if len(sizes) != 1 or () in sizes or (0,) in sizes:
             raise ValueError(
-                "data must be arrays with one leading axis over the items, got leading sizes "
-                f"{sorted(sizes)}."
+                "data must be arrays with one leading axis over at least one item, got leading "
+                f"sizes {sorted(sizes)}."
             )
 
     def __call__(self, y: PyTree, x: PyTree) -> Float[Array, ""]:
