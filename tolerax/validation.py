@@ -107,10 +107,10 @@ def check_bounds(
     if bounds is None:
         return None
     lower, upper = bounds_like(bounds, x0, name=name)
-    given = [_aligned(bounds, x0, which, name, "x0") for which in (0, 1)]
     # Within jit what is broadcast is traced, but not what was given.
-    if is_concrete((given, x0)):
-        _check_inside(*given, x0, name)
+    low, high = (_aligned(bounds, x0, which, name, "x0") for which in (0, 1))
+    if is_concrete((low, high, x0)):
+        _check_inside(low, high, x0, name)
     return lower, upper
 
 
@@ -122,7 +122,7 @@ def bounds_like(
         raise TypeError(
             f"{name} must be a pair (lower, upper) of pytrees like {of} or scalars, got {bounds!r}."
         )
-    given = [_aligned(bounds, tree, which, name, of) for which in (0, 1)]
+    low, high = (_aligned(bounds, tree, which, name, of) for which in (0, 1))
 
     def broadcast(side: PyTree, which: str) -> PyTree:
         try:
@@ -132,8 +132,8 @@ def bounds_like(
         except ValueError as error:
             raise ValueError(f"{name}: the {which} bound does not fit {of}: {error}") from error
 
-    lower, upper = broadcast(given[0], "lower"), broadcast(given[1], "upper")
-    check_order(*given, name)
+    lower, upper = broadcast(low, "lower"), broadcast(high, "upper")
+    check_order(low, high, name)
     return lower, upper
 
 

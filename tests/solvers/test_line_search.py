@@ -1,6 +1,7 @@
 """The line searches: options, steepest descent, and nested problems with a known optimum."""
 
-import equinox as eqx
+from typing import Any
+
 import jax.numpy as jnp
 import pytest
 
@@ -70,7 +71,7 @@ def test_a_nested_problem_is_solved_to_its_known_optimum(solver):
 class Lopsided(tolerax.Problem):
     """A bowl whose gradient error comes from the adjoint, 1000 times what the state adds to it."""
 
-    bounds: None = eqx.field(default=None)
+    bounds: Any = None
 
     def evaluate(self, query):
         x, accuracy = query.x, query.accuracy

@@ -352,7 +352,7 @@ class Energy(Minimization):
             by_norm = at.constant(self.upper_smoothness)
             smoothness = jnp.minimum(smoothness, by_norm / jnp.min(known.lower_bound))
             allowed = jnp.minimum(allowed, by_norm * jnp.dot(q, q))
-        contradicted = jnp.array(False)
+        contradicted, bent = jnp.array(False), jnp.zeros((), y.dtype)
         given = "given" in (origin(self.upper_smoothness), origin(self.relative_smoothness))
         if given or "smoothness" in estimates:
             # q = H^-1 grad J is close to a power step for the relative curvature of J.
