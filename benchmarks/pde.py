@@ -1,7 +1,7 @@
 """The figures of PDE-constrained optimization: `python -m benchmarks pde`.
 
-The reduced space, where the state is a function of the control. Figures of the full space, where
-state, control and adjoint are unknowns of one system, join `GROUPS` as modules of their own.
+Each group is a module of its own: the reduced space, where the state is a function of the control,
+and the full space, where state, control and adjoint are unknowns of one system.
 """
 
 from benchmarks import (

@@ -27,8 +27,8 @@ class PDEConstrained(Implicit):
     - `residual(y, u)`: F, a pytree like y: a discretized equation with its boundary conditions.
       `cost(y, u)`: scalar. `y0`: pytree, where the first state solve starts.
     - `riesz`: callable u -> (r -> R^-1 r), on pytrees like y: a fast solve with the leading part of
-      the equation, for instance `lambda u: laplacian.solve`. It measures errors and preconditions
-      every solve. `None`: Euclidean norms, no preconditioner.
+      the equation, over the weight of the residual. It measures errors and preconditions every
+      solve. `None`: Euclidean norms, no preconditioner.
     - `stability`, `curvature`, `smoothness`, `cross`, `monotone`: constants of the bounds, see
       [`Stability`][]; estimated where they are `None`.
     - `symmetric`: whether F_y is symmetric: then [`MINRES`][] takes the place of [`GMRES`][].
@@ -39,17 +39,18 @@ class PDEConstrained(Implicit):
     - `bounds`: pair of pytrees like u, or scalars.
 
     Cost and residual should be weighted so that tolerances mean something: sums over a grid by the
-    area of a cell.
+    area of a cell. [`MatchedSchur`][], for [`PDEConstrained.full_space`][], rests on that.
 
     >>> import jax.numpy as jnp, tolerax
     >>> from tolerax.inner import Laplacian
     >>> laplacian = Laplacian((15, 15))
     >>> h2 = 1 / 16**2
     >>> problem = tolerax.PDEConstrained(
-    ...     lambda y, u: laplacian.mv(y) - u,
+    ...     lambda y, u: h2 * (laplacian.mv(y) - u),
     ...     lambda y, u: 0.5 * h2 * (jnp.sum((y - 1.0) ** 2) + 1e-4 * jnp.sum(u**2)),
     ...     jnp.zeros((15, 15)),
-    ...     riesz=lambda u: laplacian.solve,
+    ...     riesz=lambda u: lambda r: laplacian.solve(r) / h2,
+    ...     metric=h2,
     ...     stability=1.0,
     ...     curvature=0.0,
     ...     symmetric=True,
