@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import tolerax
+from tolerax.inner import Laplacian
+from tolerax.problems import MatchedSchur
 from tolerax.problems.library import semilinear_control
 
 X = {"a": jnp.array([0.3, -0.2]), "b": jnp.array(0.7)}
@@ -52,6 +54,34 @@ def wrong_cube(y):
 def _(primals, tangents):
     (y,), (t,) = primals, tangents
     return y**3, 2 * y**2 * t
+
+
+def test_blocks_of_other_problems_are_named():
+    cost = lambda y, u: jnp.sum(y**2) + jnp.sum(u**2)  # noqa: E731
+    pair = (jnp.array([0.5, 1.0]), jnp.array([0.2, -0.3]))
+    full = tolerax.problems.FullSpace(
+        cost, lambda y, u: wrong_cube(y) - u, lambda y, u: MatchedSchur(Laplacian((2,)), 1.0, 0.0)
+    )
+    found = tolerax.check_gradient(full, pair)
+    assert found.wrong == ("residual in y", "constraints in x[0]")
+    moving = tolerax.TimeDependent(
+        lambda t, y, u: u - wrong_cube(y),
+        None,
+        jnp.ones(2),
+        running_cost=lambda t, y, u: jnp.sum(y**2),
+        method=tolerax.ImplicitEuler(2),
+    )
+    assert tolerax.check_gradient(moving, pair[0]).wrong == ("vector_field in y", "gradient in x")
+    constrained = tolerax.Objective(
+        lambda x: jnp.sum(x**2), constraints=wrong_cube, constraint_bounds=(0.0, 0.0)
+    )
+    assert tolerax.check_gradient(constrained, pair[0]).wrong == ("constraints in x",)
+
+
+def test_float32_is_no_wrong_derivative():
+    x = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), X)
+    found = tolerax.check_gradient(tolerax.Objective(smooth), x, hessian=True)
+    assert found.passed, str(found)
 
 
 @pytest.mark.parametrize("wrong", [False, True])

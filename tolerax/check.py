@@ -12,7 +12,9 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from tolerax.contracts import Accuracy, Problem, Query
+from tolerax.problems.full_space import FullSpace
 from tolerax.problems.implicit import Implicit
+from tolerax.problems.time_dependent import TimeDependent
 
 # Central differences of these lengths: the best one is right to about eps^(2/3).
 STEPS = 10.0 ** np.arange(-1, -7, -1)
@@ -70,8 +72,10 @@ def check_gradient(
     """Compare the derivatives of a problem with differences at x, along a random direction of each
     leaf of x.
 
-    For a nested problem the derivatives of its cost and of its residual (or potential) are compared
-    one by one at the state too, so that a wrong custom derivative is named and not only noticed.
+    The functions that a problem is made of are differentiated one by one as well, so that a wrong
+    custom derivative is named and not only noticed: cost and residual (or potential) of a nested
+    problem at its state, vector field and costs of a [`TimeDependent`][] one at the start of its
+    trajectory. Constraints are compared with products with their Jacobian.
 
     - `accuracy`: of values and gradients; the default is 1e-10 for both.
     - `hessian`: whether to compare Hessian products with differences of gradients as well.
@@ -93,26 +97,29 @@ def check_gradient(
 
     evaluate = answer if problem.host else eqx.filter_jit(answer)
     centre = evaluate(x)
-    noise = float(centre.value_error)
+    noise, eps = float(centre.value_error), _precision(centre.value)
     blocks = []
-    if isinstance(inner, Implicit):
-        state = inner.solve_state(x, tolerances.state)[0]
-        parts = [("cost", inner.cost)]
-        if inner.residual is not None:
-            parts.append(("residual", inner.residual))
-        if inner.potential is not None:
-            parts += [("potential", inner.potential), ("F", jax.grad(inner.potential))]
-        for name, function in parts:
-            # The state is y; what a solver moves is x.
-            at_y = lambda y, f=function: f(y, x)  # noqa: E731
-            at_x = lambda x, f=function: f(state, x)  # noqa: E731
-            blocks += _function(f"{name} in y", at_y, state, key)
-            blocks += _function(f"{name} in x", at_x, x, key)
+    for name, function, points in _parts(inner, x, tolerances):
+        for i, (variable, at) in enumerate(points):
+
+            def along(z: PyTree, f: Callable = function, i: int = i, points: Any = points) -> Any:
+                return f(*(z if j == i else point for j, (_, point) in enumerate(points)))
+
+            blocks += _function(f"{name} in {variable}", along, at, key)
 
     for label, v in _directions("gradient in x", x, key):
         slope = _dot(centre.gradient, v)
         value = lambda h, v=v: float(evaluate(_moved(x, h, v), centre.carry).value)  # noqa: E731
-        blocks.append(_compared(label, value, float(slope), noise))
+        blocks.append(_compared(label, value, float(slope), noise, eps))
+    if centre.constraints is not None and centre.jacobian is not None:
+        weights = _random(jax.random.fold_in(key, 3), centre.constraints)
+        for label, v in _directions("constraints in x", x, key):
+            product = float(_dot(weights, centre.jacobian.mv(v)))
+
+            def rows(h: float, v: PyTree = v) -> float:
+                return float(_dot(weights, evaluate(_moved(x, h, v), centre.carry).constraints))
+
+            blocks.append(_compared(label, rows, product, noise, eps))
     if hessian and centre.hessian is not None:
         weights = _random(jax.random.fold_in(key, 1), x)
         for label, v in _directions("Hessian in x", x, key):
@@ -122,7 +129,8 @@ def check_gradient(
                 return float(_dot(weights, evaluate(_moved(x, h, v), centre.carry).gradient))
 
             size = float(jnp.sqrt(_dot(weights, weights)))
-            blocks.append(_compared(label, along, product, float(centre.gradient_error) * size))
+            error = float(centre.gradient_error) * size
+            blocks.append(_compared(label, along, product, error, eps))
     return GradientCheck(tuple(blocks))
 
 
@@ -135,17 +143,54 @@ def _function(name: str, function: Callable, at: PyTree, key: PRNGKeyArray) -> l
     for label, v in _directions(name, at, key):
         derivative = float(jax.jvp(scalar, (at,), (v,))[1])
         value = lambda h, v=v: float(scalar(_moved(at, h, v)))  # noqa: E731
-        blocks.append(_compared(label, value, derivative, 0.0))
+        blocks.append(_compared(label, value, derivative, 0.0, _precision(images)))
     return blocks
 
 
-def _compared(name: str, value: Callable[[float], float], slope: float, noise: float) -> Block:
-    """A derivative `slope` against differences of `value(h)`, known to within `noise`."""
+def _parts(
+    problem: Problem, x: PyTree, tolerances: Accuracy
+) -> list[tuple[str, Callable, list[tuple[str, PyTree]]]]:
+    """The functions that a problem is made of, with the names and values of their arguments. The
+    state is y; what a solver moves is x."""
+    if isinstance(problem, Implicit):
+        state = problem.solve_state(x, tolerances.state)[0]
+        functions = [("cost", problem.cost)]
+        if problem.residual is not None:
+            functions.append(("residual", problem.residual))
+        if problem.potential is not None:
+            functions += [("potential", problem.potential), ("F", jax.grad(problem.potential))]
+        return [(name, function, [("y", state), ("x", x)]) for name, function in functions]
+    if isinstance(problem, FullSpace):
+        points = [("y", x[0]), ("u", x[1])]
+        return [("cost", problem.cost, points), ("residual", problem.residual, points)]
+    if isinstance(problem, TimeDependent):
+        t, y = problem.times[0], problem.start(x)
+        found: list = []
+        for name in ("vector_field", "running_cost"):
+            function = getattr(problem, name)
+            if function is not None:
+                at_start = lambda y, u, f=function: f(t, y, u)  # noqa: E731
+                found.append((name, at_start, [("y", y), ("u", problem.control(x))]))
+        if problem.cost is not None:
+            found.append(("cost", problem.cost, [("y", y), ("x", x)]))
+        return found
+    return []
+
+
+def _precision(tree: PyTree) -> float:
+    """The rounding of numbers like these."""
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(tree))
+
+
+def _compared(
+    name: str, value: Callable[[float], float], slope: float, noise: float, eps: float
+) -> Block:
+    """A derivative `slope` against differences of `value(h)`, known to within `noise` and computed
+    to a precision of `eps`."""
     at_zero = value(0.0)
     ahead = np.array([value(h) for h in STEPS])
     behind = np.array([value(-h) for h in STEPS])
     central = (ahead - behind) / (2 * STEPS)
-    eps = np.finfo(float).eps
     rounding = 4 * eps * np.maximum(np.abs(ahead), np.abs(behind)) + 2 * noise
     size = max(abs(slope), np.min(np.abs(central)), np.finfo(float).tiny)
     errors = np.abs(central - slope)
@@ -156,7 +201,8 @@ def _compared(name: str, value: Callable[[float], float], slope: float, noise: f
     unsure = np.maximum(np.append(apart, apart[-1]), np.insert(apart, 0, apart[0]))
     unsure = np.where(usable & np.isfinite(unsure), unsure + rounding / STEPS, np.inf)
     best = int(np.argmin(unsure))
-    passed = bool(usable[best] and errors[best] <= 10 * unsure[best] + 1e-9 * size)
+    exact = max(1e-9, 100 * eps)
+    passed = bool(usable[best] and errors[best] <= 10 * unsure[best] + exact * size)
     remainder = np.abs(ahead - at_zero - STEPS * slope)
     # Where the remainder is more than rounding, its rate.
     clear = np.isfinite(remainder) & (remainder > np.maximum(100 * rounding, 1e-9 * STEPS * size))
