@@ -1,5 +1,6 @@
 """SciPy's constraint objects in this library's terms: one function and one pair of bounds."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -135,8 +136,33 @@ def _read(constraint: Any, name: str, n: int) -> tuple[Part, Any, Any]:
             raise ValueError(f"{name}: A has shape {matrix.shape}, x0 has {n} entries.")
         matrix = jnp.asarray(matrix)
         return Part(Linear(matrix), (), LinearRows(matrix)), constraint.lb, constraint.ub
+    _check_unused(constraint, name)
     jac = _derivative(getattr(constraint, "jac", None), name)
     return Part(_callable(constraint.fun, name), (), jac), constraint.lb, constraint.ub
+
+
+def _check_unused(constraint: Any, name: str) -> None:
+    """Refuse what would change results, and say what only takes longer without."""
+    from scipy.optimize import HessianUpdateStrategy
+
+    step = getattr(constraint, "finite_diff_rel_step", None)
+    if step is not None:
+        raise ValueError(
+            f"{name} has finite_diff_rel_step={step!r}, and steps of differences are chosen here: "
+            "leave it out, or give `jac`."
+        )
+    # SciPy's default is an update like our own.
+    hess = getattr(constraint, "hess", None)
+    unused = [] if hess is None or isinstance(hess, HessianUpdateStrategy) else ["hess"]
+    if getattr(constraint, "finite_diff_jac_sparsity", None) is not None:
+        unused.append("finite_diff_jac_sparsity")
+    for option in unused:
+        warnings.warn(
+            f"{name} has {option}, which is not used: JAX finds second derivatives where it can "
+            "trace the functions, else they are learned from gradients.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _derivative(jac: Any, name: str) -> Any:

@@ -102,10 +102,10 @@ def check_gradient(
     for name, function, points in _parts(inner, x, tolerances):
         for i, (variable, at) in enumerate(points):
 
-            def along(z: PyTree, f: Callable = function, i: int = i, points: Any = points) -> Any:
+            def alone(z: PyTree, f: Callable = function, i: int = i, points: Any = points) -> Any:
                 return f(*(z if j == i else point for j, (_, point) in enumerate(points)))
 
-            blocks += _function(f"{name} in {variable}", along, at, key)
+            blocks += _function(f"{name} in {variable}", alone, at, key)
 
     for label, v in _directions("gradient in x", x, key):
         slope = _dot(centre.gradient, v)

@@ -138,6 +138,7 @@ def minimize(
     - `constraints`: dicts, `scipy.optimize.NonlinearConstraint` or `LinearConstraint`, one or a
       list. A function that JAX can trace is differentiated by JAX, whatever its `jac`; others by
       their `jac`, a callable that returns the matrix, or `"2-point"` (default) or `"3-point"`.
+      A `hess` of theirs is not used, with a warning; their `finite_diff_rel_step` is refused.
     - `hess(x, *args)`: the Hessian matrix; `hessp(x, v, *args)`: its product with v; for methods
       that use second derivatives (`"newton"`), which JAX finds where they are not given, and
       differences of `jac` where JAX cannot.
@@ -155,7 +156,8 @@ def minimize(
       `Objective`; `disp=True` shows a progress bar.
 
     **Returns:** a `scipy.optimize.OptimizeResult` with `x`, `success`, `status` (0 for success),
-    `message`, `fun`, `jac`, `nfev`, `njev`, `nhev` (Hessian products), `nit`, and of our own
+    `message`, `fun`, `jac`, `nfev`, `njev`, `nhev` (Hessian products), `nit`, `maxcv` (the
+    largest violation of a constraint, for methods that take constraints), and of our own
     `status_name` (the name in `Status`), `value_error` and `gradient_error` (bounds on the errors
     of `fun` and `jac`), `work` (counts by kind) and `solution` (what `solve` returns). Runs that do
     not converge are reported, not raised. An exception of `fun` becomes an `EvaluationError` that
@@ -490,4 +492,8 @@ def _result(solution: Solution, solver: Solver) -> Any:
     if solution.gradient is not None:
         result.jac = jax.tree.map(np.array, solution.gradient)
         result.gradient_error = float(solution.gradient_error)
+    if solver.honours_constraints:
+        result.maxcv = float(solution.violation)
+        if name == "infeasible":
+            result.message += f" The least violation seen is {result.maxcv:.3g}."
     return result

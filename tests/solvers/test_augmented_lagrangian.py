@@ -155,6 +155,26 @@ def test_minimize_takes_constraints_that_jax_cannot_trace(jac):
     assert all(np.all((x >= 1) & (x <= 5)) for x in asked)
 
 
+def test_an_infeasible_problem_of_minimize_says_by_how_much():
+    constraint = {"type": "eq", "fun": lambda x: x @ x + 1}
+    result = tolerax.minimize(lambda x: x @ x, [3.0, 1.0], method="sqp", constraints=constraint)
+    assert result.status_name == "infeasible"
+    np.testing.assert_allclose(result.maxcv, 1.0, atol=1e-3)
+    assert "The least violation seen is 1." in result.message
+
+
+def test_what_is_not_used_of_a_constraint_of_scipy_is_said():
+    def minimize(**options):
+        constraint = scipy.optimize.NonlinearConstraint(lambda x: x[0], 1, 1, **options)
+        bounds = [(1.0, 1.0)]
+        return tolerax.minimize(lambda x: x[0] ** 2, [1.0], bounds=bounds, constraints=constraint)
+
+    with pytest.raises(ValueError, match=r"constraints\[0\] has finite_diff_rel_step=0\.01"):
+        minimize(finite_diff_rel_step=0.01)
+    with pytest.warns(UserWarning, match=r"constraints\[0\] has hess, which is not used"):
+        minimize(hess=lambda x, v: np.zeros((1, 1)))
+
+
 def test_a_jacobian_of_scipy_that_is_not_known_is_named():
     constraint = {"type": "eq", "fun": lambda x: float(x[0]), "jac": "cs"}
     with pytest.raises(ValueError, match=r"constraints\[0\]: jac is 'cs'"):
