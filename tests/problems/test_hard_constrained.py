@@ -109,6 +109,26 @@ def test_experts_alone_are_dense_least_squares():
         np.testing.assert_allclose(field.residual[i, 3:5], (mine + rate * field.u[i] + 0.3)[3:5])
 
 
+@pytest.mark.parametrize(
+    "router", [Boxes((G,), (5,)), RandomAssignment((G,), 5, key=jax.random.key(1))]
+)
+def test_uneven_parts_of_any_router_are_dense_least_squares(router):
+    """Parts of 5, 5, 5, 5 and 4 points, all of which are asked for at the call."""
+    assert router.counts == (5, 5, 5, 5, 4)
+    # Both as a router of the user's own: one program.
+    layer = HardConstrained(NETWORK, EQUATION, Router(router.weights), points=4, **NUMBERS)
+    field = at_points(layer, LINEAR, 5)
+    for i, rate in enumerate(RATES):
+        matrix, right, basis = rows(rate)
+        for k, own in enumerate(router.members()):
+            w = best(matrix[own] / np.sqrt(len(own)), right[own] / np.sqrt(len(own)))
+            np.testing.assert_allclose(field.coefficients[i, k], w, atol=1e-7)
+            np.testing.assert_allclose(field.u[i, own], 1 + basis[own] @ w, atol=1e-9)
+
+
+at_points = eqx.filter_jit(lambda layer, inputs, points: layer(inputs, points=points))
+
+
 def test_tied_experts_are_dense_least_squares_with_rows_for_the_jumps():
     _, (_, field) = run("tied", LINEAR)
     _, (_, alone) = run("alone", LINEAR)

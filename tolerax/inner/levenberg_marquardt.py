@@ -62,7 +62,9 @@ class BatchedLevenbergMarquardt(Solver):
     (Moré, *Lecture Notes in Mathematics* 630, 1978). A lane that converges slowly, as data that
     the model cannot explain make it, goes on with exact second derivatives wherever these are
     positive definite. Normal equations are solved by Cholesky's method with columns of length 1 and
-    one step of refinement; lanes in which they have lost their digits use QR.
+    one step of refinement; lanes in which they have lost their digits use QR. The Jacobian and J'J
+    of a lane are always formed, so n is to be some hundreds at most: for one problem with many
+    unknowns use [`InexactNewton`][], which takes products only.
 
     - `max_steps`: the most evaluations of a lane.
     - `block`: how many lanes go through together. Blocks run one after another, each until its
