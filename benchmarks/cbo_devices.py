@@ -21,6 +21,7 @@ COUNTS = (1, 2, 4, 8)
 D, STEPS = 20, 50
 PARTICLES = (64, 512)  # one row in each block of the sums, and eight
 KINDS = ("SoftConsensus", "HardMinimum")
+NOISES = {"RankWeights": "Covariance"}  # of a consensus; of the others "Anisotropic"
 
 
 def last_particles(count: int, kind: str, particles: int, steps: int = STEPS) -> np.ndarray:
@@ -42,6 +43,7 @@ def last_particles(count: int, kind: str, particles: int, steps: int = STEPS) ->
     solver = tolerax.CBO(
         particles=particles,
         consensus=getattr(tolerax.solvers, kind)(),
+        noise=getattr(tolerax.solvers, NOISES.get(kind, "Anisotropic"))(),
         ensemble=start(key, particles, D),
         sharding=sharding,
     )

@@ -87,6 +87,7 @@ def test_minimize_restarts():
         (FEW, {"growth": 0}, "growth is 0"),
         (FEW, {"checkpoint": "run.npz"}, "checkpoint holds one run"),
         (tolerax.InexactLineSearch(), {}, "InexactLineSearch has no population"),
+        (CBO(particles=4, ensemble=jnp.zeros((4, 2))), {}, "ensemble is given, but growth is 2"),
     ],
 )
 def test_what_cannot_be_is_named(solver, options, message):

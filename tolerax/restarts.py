@@ -63,6 +63,11 @@ def solve_with_restarts(
             f"growth is {growth}, but {type(solver).__name__} has no population: give growth=1, or "
             "leave restarts out."
         )
+    if restarts and growth > 1 and getattr(solver, "ensemble", None) is not None:
+        raise ValueError(
+            f"ensemble is given, but growth is {growth}, and larger runs need more particles: give "
+            "`spread` instead, or growth=1."
+        )
     limits = {"units": max_work} if isinstance(max_work, int) else dict(max_work or {})
     key = jax.random.key(0) if key is None else key
     begin, best, spent = time.monotonic(), None, Work()

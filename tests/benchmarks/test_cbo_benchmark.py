@@ -180,11 +180,11 @@ def test_device_runs_are_compared_bit_by_bit():
 def test_particles_on_four_devices_move_as_on_two_and_on_one():
     """The points that are exchanged for probes, 256 at most, lie on one device of two, on two of
     four, and all 512 on one of one."""
-    runs = cbo_devices.all_runs(
-        cbo_devices.names([512], counts=(1, 2, 4), kinds=("SoftConsensus",)), steps=3
-    )
-    (by,) = cbo_devices.same_runs(runs).values()
-    assert np.array_equal(by[4], by[2])
+    names = cbo_devices.names([512], counts=(1, 2, 4), kinds=("SoftConsensus",))
+    more = cbo_devices.names([128], counts=(2, 4), kinds=("RankWeights", "Polarized"))
+    by, *others = cbo_devices.same_runs(cbo_devices.all_runs(names + more, steps=3)).values()
+    assert len(others) == 2
+    assert all(np.array_equal(x[4], x[2]) for x in (by, *others))
     # One device rounds as several do, and may sum the blocks in an order of its own.
     assert by[1] == pytest.approx(by[2], rel=1e-12)
 

@@ -452,6 +452,22 @@ def test_two_particles_that_agree_elsewhere_claim_nothing():
         assert float(solution.value) > 1e-4
 
 
+def test_a_batch_that_fails_whole_is_not_the_end():
+    """Three in ten points fail, so one batch of two in eleven does."""
+    holes = Objective(
+        lambda x: jnp.where(jnp.abs(jnp.sum(x) * 1e5) % 1 < 0.3, jnp.nan, jnp.sum((x - 1) ** 2))
+    )
+    solver = CBO(particles=20, batch=2)
+    solution = tolerax.solve(holes, solver, jnp.full(2, 3.0), max_steps=300)
+    assert solution.status == Status.budget
+    assert int(solution.work.points) == 2 * 300
+    assert float(solution.value) < 4  # 8 at the start
+    nowhere = Objective(lambda x: jnp.sum(x) * jnp.nan)
+    solution = tolerax.solve(nowhere, solver, jnp.full(2, 3.0))
+    assert solution.status == Status.all_failed
+    assert int(solution.work.points) == 20
+
+
 def test_probes_that_rounding_undoes_are_no_success():
     problem = Objective(lambda x: jnp.sum((x - 1) ** 2))
     far = jnp.full(2, 1e9, jnp.float32)

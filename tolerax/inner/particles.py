@@ -68,18 +68,49 @@ def weighted_mean(
     return mean / total(lambda w: w, w, over=sharding)
 
 
+def weighted_squares(
+    w: Float[Array, " n"], x: Float[Array, "n d"], sharding: NamedSharding | None = None
+) -> Float[Array, "d d"]:
+    """`sum_i w_i x_i x_i'`."""
+    squares = lambda w, x: (w[:, None] * x).T @ x  # noqa: E731
+    return squares(w, x) if sharding is None else _summed(squares, sharding, w, x)
+
+
+def times(
+    x: Float[Array, "n d"], matrix: Float[Array, "d k"], sharding: NamedSharding | None = None
+) -> Float[Array, "n k"]:
+    """`x @ matrix`."""
+    if sharding is None:
+        return x @ matrix
+    return _blockwise(lambda x: x @ matrix, sharding, x).reshape(x.shape[0], -1)
+
+
+def everywhere(
+    change: Callable[..., PyTree], sharding: NamedSharding | None, *arrays: Array
+) -> PyTree:
+    """`change(*arrays)`, computed as a whole on every device."""
+    if sharding is None:
+        return change(*arrays)
+    here = PartitionSpec()
+    return jax.shard_map(change, mesh=sharding.mesh, in_specs=here, out_specs=here)(*arrays)
+
+
 def _summed(sums: Callable[..., Array], sharding: NamedSharding, *rows: Array) -> Array:
-    """The sum of `sums` of all blocks. Inside the loop over them, code is the same whatever the
-    number of devices."""
+    """The sum of `sums` of all blocks."""
+    return jnp.sum(replicated(_blockwise(sums, sharding, *rows), sharding), axis=0)
+
+
+def _blockwise(change: Callable[..., Array], sharding: NamedSharding, *rows: Array) -> Array:
+    """`change` of every block. Inside the loop over them, code is the same whatever the number of
+    devices."""
     size = rows[0].shape[0] // blocks_of(rows[0].shape[0])
 
     def local(*rows: Array) -> Array:
         blocks = [leaf.reshape(-1, size, *leaf.shape[1:]) for leaf in rows]
-        return jax.lax.map(lambda block: sums(*block), blocks)
+        return jax.lax.map(lambda block: change(*block), blocks)
 
     spec = sharding.spec
-    parts = jax.shard_map(local, mesh=sharding.mesh, in_specs=spec, out_specs=spec)(*rows)
-    return jnp.sum(replicated(parts, sharding), axis=0)
+    return jax.shard_map(local, mesh=sharding.mesh, in_specs=spec, out_specs=spec)(*rows)
 
 
 def when(

@@ -31,5 +31,6 @@ class CBOState(eqx.Module):
     limits: tuple[Float[Array, " m"], Float[Array, " m"]] | None
     probing: Bool[Array, ""]
     probes: Int[Array, ""]
+    failing: Int[Array, ""]
     done: Bool[Array, ""]
     status: Any

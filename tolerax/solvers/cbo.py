@@ -57,7 +57,8 @@ class CBO(Population):
 
         x <- x - lambda dt (x - m) + noise(x - m)
 
-    Particles that fail (NaN, infinite, an exception) get weight 0 and are put where another one is.
+    Particles that fail (NaN, infinite, an exception) get weight 0 and are put where another one is;
+    the run ends when as many points on end fail as there are particles.
     The run ends when more than half of the particles agree in every coordinate to within
     `tol * (1 + |m|)`, for more than `patience` steps on end, and at least 64 probes around the best
     point, at all distances up to the spread of the start, find no lower value (if one does, the
@@ -199,7 +200,7 @@ class CBO(Population):
         scale = jnp.where(first + scale == first, scale_like(self.spread, start.x), scale)
         return CBOState(
             x=x,
-            noise=self.noise.init(x),
+            noise=self.noise.init(replicated(x, self.sharding)),
             memory=memory,
             consensus=x0,
             best=inf,
@@ -216,6 +217,7 @@ class CBO(Population):
             limits=limits,
             probing=false,
             probes=jnp.array(0, jnp.int32),
+            failing=jnp.array(0, jnp.int32),
             done=false,
             status=Status.running,
         )
@@ -351,9 +353,16 @@ class CBO(Population):
         new = select(state.probing, after, moved)
         if evaluation.violation is not None and self.constraint_drift is None:
             new = self._dearer(new, violation, ok, lowest)
-        lost = jnp.sum(ok) == 0
+        failed = ~jnp.any(ok)
+        if self.batch is not None:
+            # There is nothing to agree on, but others may have values.
+            waiting = dataclasses.replace(state, step=state.step + 1)
+            new = select(failed & ~state.probing, waiting, new)
+        failing = jnp.where(failed, state.failing + x.shape[0], 0)
+        lost = failing >= self.particles
         return dataclasses.replace(
             new,
+            failing=failing,
             done=new.done | lost,
             status=Status.where(lost, Status.all_failed, new.status),
         )
@@ -434,7 +443,7 @@ class CBO(Population):
         if gradient is not None and self.gradient is not None:
             usable = ok[:, None] & jnp.isfinite(gradient)
             drifted = drifted - self.gradient * self.dt * jnp.where(usable, gradient, 0)
-        noise_memory = self.noise.update(state.noise, placed, agreed)
+        noise_memory = self.noise.update(state.noise, placed, agreed, over)
         key, weights = self._key(state, 0), agreed.weights
         noise = self.noise(key, u, drifted, state.scale, weights, noise_memory, over)
         if pull is not None and self.constraint_drift is not None:

@@ -15,7 +15,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tolerax.inner.noise import fold_in, normal, uniform
-from tolerax.inner.particles import replicated, weighted_mean
+from tolerax.inner.particles import (
+    everywhere,
+    replicated,
+    times,
+    weighted_mean,
+    weighted_squares,
+)
 from tolerax.solvers._population import (
     check_count,
     check_not_negative,
@@ -180,7 +186,7 @@ class Polarized(Consensus):
     (Bungert, Roith, Wacker, *Polarized consensus-based dynamics*, arXiv 2211.05238).
 
     `m_i = sum_j k(x_i, x_j) w_j x_j / sum_j k(x_i, x_j) w_j` with the Gaussian kernel
-    `exp(-|x_i - x_j|^2 / (2 kappa^2))`; costs O(N^2 d).
+    `exp(-|x_i - x_j|^2 / (2 kappa^2))`; costs O(N^2 d), on every device.
     """
 
     kappa: float = 1.0
@@ -193,12 +199,16 @@ class Polarized(Consensus):
         self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
     ) -> Agreement:
         del violation, step
-        shifted = _shifted(energy)
-        log_w = -self.alpha * shifted / _height(shifted)
-        squares = jnp.sum(x * x, axis=1)
-        apart = jnp.maximum(squares[:, None] + squares[None, :] - 2 * x @ x.T, 0)
-        k = jax.nn.softmax(log_w[None, :] - apart / (2 * self.kappa**2), axis=1)
-        return Agreement(k @ x, jnp.mean(1 / jnp.sum(k * k, axis=1)), jnp.mean(k, axis=0))
+
+        def agreed(x: Array, energy: Array) -> Agreement:
+            shifted = _shifted(energy)
+            log_w = -self.alpha * shifted / _height(shifted)
+            squares = jnp.sum(x * x, axis=1)
+            apart = jnp.maximum(squares[:, None] + squares[None, :] - 2 * x @ x.T, 0)
+            k = jax.nn.softmax(log_w[None, :] - apart / (2 * self.kappa**2), axis=1)
+            return Agreement(k @ x, jnp.mean(1 / jnp.sum(k * k, axis=1)), jnp.mean(k, axis=0))
+
+        return everywhere(agreed, over, x, energy)
 
 
 class Quantile(Consensus):
@@ -241,9 +251,9 @@ class Noise(eqx.Module):
         del x
         return None
 
-    def update(self, memory: Any, x: Positions, agreed: Agreement) -> Any:
+    def update(self, memory: Any, x: Positions, agreed: Agreement, over: Any = None) -> Any:
         """What the noise remembers once particles at x have agreed."""
-        del x, agreed
+        del x, agreed, over
         return memory
 
     @abc.abstractmethod
@@ -405,12 +415,12 @@ class Covariance(Noise):
         variance = jnp.mean((x - middle[None]) ** 2)
         return Shape(variance * eye, jnp.sqrt(variance) * eye, middle)
 
-    def update(self, memory: Shape, x: Positions, agreed: Agreement) -> Shape:
+    def update(self, memory: Shape, x: Positions, agreed: Agreement, over: Any = None) -> Shape:
         if agreed.point.shape[0] > 1:
             raise ValueError("Covariance needs one consensus of all particles, not Polarized.")
         d, mu, m = x.shape[1], agreed.effective, agreed.point[0]
         away = x - memory.point[None]
-        seen = (agreed.weights[:, None] * away).T @ away
+        seen = weighted_squares(agreed.weights, away, over)
         c = jnp.minimum(self.rate, 2 * mu / ((d + 2) ** 2 + mu))
         covariance = (1 - c) * memory.covariance + c * seen
         step = jax.scipy.linalg.solve_triangular(memory.factor, m - memory.point, lower=True)
@@ -433,7 +443,7 @@ class Covariance(Noise):
         over: Any = None,
     ) -> Positions:
         del drifted, scale, weights
-        return normal(key, u, over) @ memory.factor.T
+        return times(normal(key, u, over), memory.factor.T, over)
 
     def contraction(self, drift: float, d: int) -> float:
         del drift, d

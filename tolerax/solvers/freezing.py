@@ -39,8 +39,8 @@ class Frozen(Noise):
     def init(self, x: Positions) -> Float[Array, ""]:
         return jnp.asarray(self.width, x.dtype)
 
-    def update(self, memory: Array, x: Positions, agreed: Agreement) -> Array:
-        del x, agreed
+    def update(self, memory: Array, x: Positions, agreed: Agreement, over: Any = None) -> Array:
+        del x, agreed, over
         return memory * self.shrink
 
     def __call__(
