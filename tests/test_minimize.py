@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 from typing import Any
 
 import jax
@@ -491,3 +492,11 @@ def test_method_of_scipy_takes_the_rest_too():
         through_scipy(bowl, START, constraints=LinearConstraint(np.eye(2)))
     with pytest.raises(TypeError, match="solver"):
         tolerax.scipy_method("line-search")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_function_that_is_called_as_python_code_is_logged_once(caplog):
+    fun = lambda x: float(np.sum(np.asarray(x) ** 2))  # noqa: E731
+    with caplog.at_level(logging.INFO, "tolerax"):
+        tolerax.minimize(fun, [1.0, 1.0], method="cbo", options={"particles": 4, "max_steps": 2})
+    said = [record for record in caplog.records if "called as Python code" in record.getMessage()]
+    assert len(said) == 1

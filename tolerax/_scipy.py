@@ -1,5 +1,6 @@
 """SciPy's arguments in this library's terms: start, bounds, and the function as a problem."""
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from tolerax.contracts import Problem
 from tolerax.problems.objective import Objective
 from tolerax.problems.python_code import DIFFERENCES
 from tolerax.validation import check_bounds
+
+logger = logging.getLogger("tolerax")
 
 
 def positive(name: str, value: Any) -> int:
@@ -278,6 +281,9 @@ def function_problem(
             # Only second derivatives or constraints are Python code.
             jac = jax.jit(jax.grad(value))
             fun, args = jax.jit(value), ()
+    if reason is not None:
+        why = f"{type(reason).__name__}: {reason}".split("\n")[0]
+        logger.info("fun is called as Python code, point by point: JAX cannot trace it (%s)", why)
     value = Function(fun, args, jac is True)
     gradient: Any = Gradient(jac, args) if callable(jac) else jac
     if gradient is None and may_difference:

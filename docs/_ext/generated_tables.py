@@ -99,8 +99,34 @@ class Figures(Generated):
         return [*table(titles, rows), "", said]
 
 
+class Peers(Generated):
+    """Success rates beside those of other methods, `{peers} NAME`, from the last saved run."""
+
+    def lines(self) -> list[str]:
+        path = ROOT / "benchmarks/results" / f"{self.arguments[0]}.json"
+        self.env.note_dependency(str(path))
+        return peers(json.loads(path.read_text())["details"])
+
+
+def peers(details: dict[str, Any]) -> list[str]:
+    """The rates of all figures that others were run beside, with their 95 % intervals of Wilson."""
+    rows = []
+    for figure, detail in details.items():
+        if "peers" not in detail:
+            continue
+        own = {"": detail} if "rate" in detail else detail
+        ours = {f"CBO {name}".strip(): d for name, d in own.items() if "rate" in d}
+        for method, d in (ours | detail["peers"]).items():
+            low, high = d["wilson"]
+            rate, value = f"{d['rate']:.2f}", f"{d['median_value']:.1g}"
+            interval = f"{low:.2f} … {high:.2f}"
+            rows.append((f"`{figure}`", method, rate, interval, str(d["runs"]), value))
+    return table(("figure", "method", "rate", "Wilson, 95 %", "runs", "median value"), rows)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("status-table", StatusTable)
     app.add_directive("point-status-table", PointStatusTable)
     app.add_directive("figures", Figures)
+    app.add_directive("peers", Peers)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

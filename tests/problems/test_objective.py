@@ -273,3 +273,12 @@ def test_arguments_that_cannot_be_used(arguments, error, message):
         Objective(3.0)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="evaluated by compiled code"):
         Objective(fun).on(ThreadPoolExecutor(1))
+
+
+@pytest.mark.parametrize(
+    "fun", [lambda x: np.sum(np.asarray(x) ** 2), lambda x: x[0] if x[0] > 0 else -x[0]]
+)
+def test_code_that_cannot_be_traced_is_told_of_host(fun):
+    with pytest.raises(TypeError) as caught:
+        tolerax.solve(Objective(fun), tolerax.CBO(particles=4), jnp.ones(2))
+    assert any("host=True" in note for note in caught.value.__notes__)

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, PyTree
 
 from tolerax.contracts import Evaluation, Problem, Query, Work, exact_evaluation
 from tolerax.problems.hessians import JacobianOf
-from tolerax.problems.objective import HessianOf, point_status
-from tolerax.problems.python_code import Wanted, points_of
+from tolerax.problems.objective import HessianOf
+from tolerax.problems.python_code import Wanted, point_status, points_of
 from tolerax.problems.workers import Workers
 from tolerax.validation import is_concrete
 

@@ -33,11 +33,12 @@ from tolerax.problems.python_code import (
     Wanted,
     failed,
     like,
+    names_host,
+    point_status,
     points_of,
     rounding,
 )
 from tolerax.problems.workers import Workers
-from tolerax.status import PointStatus
 from tolerax.validation import check_order, is_concrete
 
 
@@ -311,6 +312,7 @@ class Objective(Problem):
         work = Work(points=count, values=count, gradients=count * (query.derivatives > 0))
         return eqx.tree_at(lambda e: e.work, answers, work)
 
+    @names_host
     def _point(self, x: PyTree, derivatives: int) -> Evaluation:
         work = Work(points=1, values=1, gradients=int(derivatives > 0))
         value = lambda x: _scalar(self.fun(x))  # noqa: E731
@@ -487,13 +489,3 @@ def _assemble(problem: Objective, rows: list[Row], x: PyTree, one: bool) -> Obse
 @eqx.filter_jit
 def _interpreted(outline: Objective, query: Query, observed: Observed) -> Evaluation:
     return outline.interpret(query, observed)
-
-
-def point_status(finite: Array, timed_out: Array) -> Any:
-    """The status of each point that Python code was asked for."""
-
-    def outcome(finite: Array, timed_out: Array) -> Any:
-        failed = PointStatus.where(timed_out, PointStatus.timed_out, PointStatus.failed)
-        return PointStatus.where(finite, PointStatus.ok, failed)
-
-    return jax.vmap(outcome)(finite, timed_out) if finite.ndim else outcome(finite, timed_out)

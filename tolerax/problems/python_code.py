@@ -10,11 +10,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from tolerax.contracts import Query
 from tolerax.problems.differences import differences, flat_bounds, jacobian_by_differences
 from tolerax.problems.hessians import host_hessian
+from tolerax.status import PointStatus
 
 DIFFERENCES = ("2-point", "3-point")
 
@@ -260,3 +261,30 @@ def like(gradient: PyTree, x: PyTree) -> PyTree:
         return g.astype(x.dtype) if hasattr(g, "astype") else np.asarray(g, x.dtype)
 
     return jax.tree.map(leaf, gradient, x)
+
+
+def point_status(finite: Array, timed_out: Array) -> Any:
+    """The status of each point that Python code was asked for."""
+
+    def outcome(finite: Array, timed_out: Array) -> Any:
+        failed = PointStatus.where(timed_out, PointStatus.timed_out, PointStatus.failed)
+        return PointStatus.where(finite, PointStatus.ok, failed)
+
+    return jax.vmap(outcome)(finite, timed_out) if finite.ndim else outcome(finite, timed_out)
+
+
+def names_host(method: Callable) -> Callable:
+    """A method that calls a user's function: errors of code that JAX cannot trace name `host`."""
+
+    @functools.wraps(method)
+    def named(*args: Any) -> Any:
+        try:
+            return method(*args)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+            error.add_note(
+                "JAX cannot trace this function: give `host=True` to `Objective` for code that "
+                "needs numbers, or write it with `jax.numpy`."
+            )
+            raise
+
+    return named

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Start
 from tolerax.inner.noise import LARGE, fold_in, normal, uniform
-from tolerax.inner.particles import blocks_of, distributed, replicated, total, when
+from tolerax.inner.particles import blocks_of, distributed, everywhere, replicated, total, when
 from tolerax.solvers._cbo_state import CBOState
 from tolerax.solvers._common import Box, select
 from tolerax.solvers._constraint_drift import implicit_step, linearized
@@ -195,12 +195,12 @@ class CBO(Population):
             nothing = jnp.zeros(self.particles, x.dtype)
             memory = (x, nothing + jnp.inf, nothing)
         # Where all particles are the same, probes and jumps go as far as the spread says.
-        scale = jnp.std(self._dual(replicated(x, self.sharding)), axis=0)
-        first = self._dual(x[:1])[0]
-        scale = jnp.where(first + scale == first, scale_like(self.spread, start.x), scale)
+        whole = self._dual(replicated(x, self.sharding))
+        scale = jnp.std(whole, axis=0)
+        scale = jnp.where(whole[0] + scale == whole[0], scale_like(self.spread, start.x), scale)
         return CBOState(
             x=x,
-            noise=self.noise.init(replicated(x, self.sharding)),
+            noise=everywhere(self.noise.init, self.sharding, x),
             memory=memory,
             consensus=x0,
             best=inf,

@@ -418,18 +418,25 @@ class Covariance(Noise):
     def update(self, memory: Shape, x: Positions, agreed: Agreement, over: Any = None) -> Shape:
         if agreed.point.shape[0] > 1:
             raise ValueError("Covariance needs one consensus of all particles, not Polarized.")
-        d, mu, m = x.shape[1], agreed.effective, agreed.point[0]
-        away = x - memory.point[None]
-        seen = weighted_squares(agreed.weights, away, over)
+        seen = weighted_squares(agreed.weights, x - memory.point[None], over)
+        m, mu = agreed.point[0], agreed.effective
+        learned = (m, mu, seen, memory.covariance, memory.factor, memory.point)
+        return everywhere(self._learned, over, *learned)
+
+    def _learned(
+        self, m: Array, mu: Array, seen: Array, covariance: Array, factor: Array, point: Array
+    ) -> Shape:
+        """What is remembered, with the covariance that was seen about the last consensus."""
+        d = m.size
         c = jnp.minimum(self.rate, 2 * mu / ((d + 2) ** 2 + mu))
-        covariance = (1 - c) * memory.covariance + c * seen
-        step = jax.scipy.linalg.solve_triangular(memory.factor, m - memory.point, lower=True)
+        covariance = (1 - c) * covariance + c * seen
+        step = jax.scipy.linalg.solve_triangular(factor, m - point, lower=True)
         excess = jnp.linalg.norm(step) - jnp.sqrt(d / mu)
         covariance = covariance * jnp.exp(jnp.clip(2 * self.inflation * excess, -1, 1))
         # Rounding must not take the definiteness away.
-        eps = jnp.finfo(x.dtype).eps
-        least = 500 * eps * jnp.trace(covariance) / d + jnp.finfo(x.dtype).tiny
-        covariance = covariance + least * jnp.eye(d, dtype=x.dtype)
+        eps = jnp.finfo(m.dtype).eps
+        least = 500 * eps * jnp.trace(covariance) / d + jnp.finfo(m.dtype).tiny
+        covariance = covariance + least * jnp.eye(d, dtype=m.dtype)
         return Shape(covariance, jnp.linalg.cholesky(covariance), m)
 
     def __call__(
