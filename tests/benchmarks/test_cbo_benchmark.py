@@ -182,9 +182,13 @@ def test_particles_on_four_devices_move_as_on_two_and_on_one():
     four, and all 512 on one of one."""
     names = cbo_devices.names([512], counts=(1, 2, 4), kinds=("SoftConsensus",))
     more = cbo_devices.names([128], counts=(2, 4), kinds=("RankWeights", "Polarized"))
-    by, *others = cbo_devices.same_runs(cbo_devices.all_runs(names + more, steps=3)).values()
-    assert len(others) == 2
-    assert all(np.array_equal(x[4], x[2]) for x in (by, *others))
+    runs = cbo_devices.same_runs(cbo_devices.all_runs(names + more, steps=3))
+    by, polarized = runs["SoftConsensus 512"], runs["Polarized 128"]
+    assert np.array_equal(by[4], by[2])
+    assert np.array_equal(polarized[4], polarized[2])
+    # Products of matrices may round as the length of what a device holds has it.
+    covariance = runs["RankWeights 128"]
+    assert covariance[4] == pytest.approx(covariance[2], rel=1e-12)
     # One device rounds as several do, and may sum the blocks in an order of its own.
     assert by[1] == pytest.approx(by[2], rel=1e-12)
 

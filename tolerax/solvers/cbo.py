@@ -95,7 +95,8 @@ class CBO(Population):
     - `accuracy`: what is asked of problems whose values are not exact; the upper end of the
       interval of a value is its energy.
     - `sharding`: a `NamedSharding` of the leading axis, to spread the particles over devices. They
-      are evaluated and summed in 64 blocks, so that the number of devices decides nothing.
+      are evaluated and summed in 64 blocks, so that the number of devices decides nothing (of
+      [`Covariance`][]: nothing but rounding).
 
     Source: Pinnau, Totzeck, Tse, Martin (*M3AS* 27, 2017); Carrillo, Jin, Li, Zhu (*ESAIM: COCV*
     27, 2021); memory: Riedl (arXiv 2211.12184); mirror maps: Bungert, Hoffmann, Kim, Roith

@@ -398,6 +398,8 @@ class Covariance(Noise):
     *Studies in Applied Mathematics* 148, 2022) with a memory of the covariance, or CMA-ES without
     its paths.
 
+    On several devices runs agree to rounding, not always to the bit.
+
     - `rate`: the largest c, between 0 and 1. - `inflation`: the exponent; 0 for none.
     """
 
