@@ -180,3 +180,43 @@ def test_what_does_not_fit_is_named():
     wrong = NeuralSurrogate(NETWORK, objective, simulator=lambda x: np.zeros(2))
     with pytest.raises(ValueError, match="the simulator returned shapes"):
         wrong.recheck(X)
+
+
+def called_back(x):
+    shape = jax.ShapeDtypeStruct((2,), jnp.float64)
+    return jax.pure_callback(lambda v: np.sin(v), shape, x, vmap_method="sequential")
+
+
+def test_a_network_without_derivatives_is_named():
+    problem = NeuralSurrogate(called_back, lambda z, x: jnp.sum((z - 0.3) ** 2), trust=(-2.0, 2.0))
+    x, ask = jnp.ones(2), Accuracy(1e-6, 1e-6)
+    with pytest.raises(
+        TypeError, match=r"the network gives none.*DirectionalAttack\(samples=...\)"
+    ):
+        problem.evaluate(Query(x, ask, None, derivatives=1))
+    value = problem.evaluate(Query(x, ask, None, derivatives=0)).value
+    np.testing.assert_allclose(value, 2 * (np.sin(1.0) - 0.3) ** 2, rtol=1e-12)
+
+
+class Foreign:
+    """Like a torch module."""
+
+    def __call__(self, x):
+        raise TypeError("linear(): argument 'input' must be Tensor, not DynamicJaxprTracer")
+
+
+@pytest.mark.parametrize("network", [lambda x: np.sin(np.asarray(x)), Foreign()])
+def test_code_that_cannot_be_traced_is_named(network):
+    problem = NeuralSurrogate(network, lambda z, x: jnp.sum(z**2), trust=(-2.0, 2.0))
+    with pytest.raises(TypeError, match=r"JAX cannot trace the network.*jax\.pure_callback"):
+        tolerax.solve(problem, tolerax.CDSM(), jnp.ones(2), max_steps=5)
+
+
+def test_a_simulator_without_an_answer_confirms_nothing():
+    def rechecked(simulator):
+        NeuralSurrogate(jnp.sin, lambda z, x: jnp.sum(z), simulator=simulator).recheck(jnp.zeros(2))
+
+    with pytest.raises(ValueError, match=r"is not finite: what the networks say there"):
+        rechecked(lambda x: np.array([0.0, np.nan]))
+    with pytest.raises(ValueError, match=r"the simulator raised ZeroDivisionError.* at x = "):
+        rechecked(lambda x: 1 / 0)

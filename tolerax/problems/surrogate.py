@@ -24,14 +24,14 @@ class Prediction(eqx.Module):
     networks: tuple[Callable, ...]
 
     def __call__(self, x: PyTree) -> PyTree:
-        outputs = [network(x) for network in self.networks]
+        outputs = [_called(network, x) for network in self.networks]
         if len(outputs) == 1:
             return outputs[0]
         return jax.tree.map(lambda *z: sum(z) / len(z), *outputs)
 
     def disagreement(self, x: PyTree) -> Float[Array, ""]:
         """Root mean square, over outputs and networks, of the distance from the mean."""
-        flat = jnp.stack([ravel_pytree(network(x))[0] for network in self.networks])
+        flat = jnp.stack([ravel_pytree(_called(network, x))[0] for network in self.networks])
         # The root of 0 has no derivative; a network agrees with itself up to rounding.
         tiny = jnp.finfo(flat.dtype).tiny
         return jnp.sqrt(jnp.maximum(jnp.mean(jnp.var(flat, axis=0)), tiny))
@@ -109,7 +109,8 @@ class NeuralSurrogate(Problem):
 
     - `network`: a callable x -> z, for instance an Equinox module (in inference mode), or the path
       of an ONNX file (see [`read_onnx`][]); or a list of these, whose mean is z. Arrays that a
-      callable captures instead of holding them are compiled in.
+      callable captures instead of holding them are compiled in. NumPy or torch code has to be
+      wrapped in `jax.pure_callback`, and is for solvers that need no gradients.
     - `objective(z, x)`: a scalar.
     - `constraints(z, x)`: an array or a pytree of them; `constraint_bounds`: pair `(lower, upper)`
       of what they must lie between, scalars or pytrees like them. The default is
@@ -194,7 +195,7 @@ class NeuralSurrogate(Problem):
         networks = len(self.goal.prediction.networks)
         gradient = hessian = None
         if derivatives:
-            z, pullback = jax.vjp(self.goal.prediction, x)
+            z, pullback = _pulled_back(self.goal.prediction, x)
             value, (by_z, by_x) = jax.value_and_grad(self.goal.of, (0, 1))(z, x)
             gradient = jax.tree.map(jnp.add, pullback(by_z)[0], by_x)
         else:
@@ -235,15 +236,25 @@ class NeuralSurrogate(Problem):
 
     def recheck(self, x: PyTree) -> Recheck:
         """Evaluate the simulator at x, one point, and compare: an optimum of the networks alone may
-        be an error of theirs. Raises ValueError without a simulator."""
+        be an error of theirs. Raises ValueError without a simulator, or where it raises or has no
+        finite output."""
         if self.simulator is None:
             raise ValueError("there is no simulator to ask: give `simulator` to NeuralSurrogate.")
-        truth = jax.tree.map(jnp.asarray, self.simulator(jax.tree.map(np.asarray, x)))
+        try:
+            answer = self.simulator(jax.tree.map(np.asarray, x))
+        except Exception as error:
+            raise ValueError(f"the simulator raised {error!r} at x = {x}.") from error
+        truth = jax.tree.map(jnp.asarray, answer)
         predicted = self.goal.prediction(x)
         if jax.tree.map(jnp.shape, truth) != jax.tree.map(jnp.shape, predicted):
             raise ValueError(
                 f"the simulator returned shapes {jax.tree.map(jnp.shape, truth)}, the network "
                 f"{jax.tree.map(jnp.shape, predicted)}: they must be the same."
+            )
+        if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(truth)):
+            raise ValueError(
+                f"the simulator returned {answer!r} at x = {x}, which is not finite: what the "
+                "networks say there is not confirmed."
             )
         gaps = [
             float(jnp.max(jnp.abs(t - p), initial=0.0))
@@ -268,6 +279,36 @@ def _read(network: Any) -> tuple[Callable, ...]:
     """The networks as callables."""
     given = (network,) if callable(network) or isinstance(network, str | os.PathLike) else network
     return tuple(read_onnx(one) if isinstance(one, str | os.PathLike) else one for one in given)
+
+
+def _called(network: Callable, x: PyTree) -> PyTree:
+    """The output; code that JAX cannot trace is named."""
+    try:
+        return network(x)
+    except Exception as error:
+        traced = isinstance(error, jax.errors.TracerArrayConversionError)
+        if traced or (isinstance(error, TypeError | RuntimeError) and "Tracer" in str(error)):
+            raise TypeError(
+                "JAX cannot trace the network, which is NumPy, torch or other code that wants "
+                "numbers. Wrap it: `network=lambda x: jax.pure_callback(code, "
+                'jax.ShapeDtypeStruct(shape, dtype), x, vmap_method="sequential")`, with the shape '
+                "and type of its output."
+            ) from error
+        raise
+
+
+def _pulled_back(prediction: Prediction, x: PyTree) -> tuple[PyTree, Callable]:
+    """The output and its derivative; a network without one is named."""
+    try:
+        return jax.vjp(prediction, x)
+    except ValueError as error:
+        if "callback" not in str(error):
+            raise
+        raise TypeError(
+            "this solver needs gradients and the network gives none, being called from JAX by a "
+            "callback: use a solver that needs none, such as `CDSM()`, or "
+            "`DirectionalAttack(samples=...)`, which estimates them from values."
+        ) from error
 
 
 def _both(
