@@ -50,6 +50,8 @@ def peer(path, x) -> Any:
 # Name, attributes, shape of x, further inputs, operator set.
 ONE_OPERATOR: list[tuple] = [
     *((name, {}, (2, 3), [], 17) for name in ("Abs", "Exp", "Neg", "Sin", "Cos", "Tanh", "Erf")),
+    *((name, {}, (2, 3), [], 17) for name in ("Log", "Sqrt")),
+    ("Sum", {}, (2, 3), [numbers(3), numbers(2, 1)], 17),
     *((name, {}, (2, 3), [], 17) for name in ("Relu", "Sigmoid", "Softplus", "Softsign")),
     *((name, {}, (2, 3), [], 17) for name in ("HardSwish", "Reciprocal", "Selu", "HardSigmoid")),
     ("LeakyRelu", {"alpha": 0.3}, (2, 3), [], 17),
@@ -114,6 +116,8 @@ ONE_OPERATOR: list[tuple] = [
     ("ReduceMean", {"axes": [1], "keepdims": 0}, (2, 3, 4), [], 17),
     ("ReduceSum", {}, (2, 3, 4), [np.array([0, 2])], 17),
     ("ReduceMax", {}, (2, 3), [], 17),
+    ("ReduceMin", {"axes": [1]}, (2, 3), [], 17),
+    ("ReduceProd", {"axes": [0], "keepdims": 0}, (2, 3), [], 17),
     ("Reshape", {}, (2, 3, 4), [np.array([0, -1])], 17),
     ("Flatten", {"axis": 2}, (2, 3, 4), [], 17),
     ("Transpose", {"perm": [1, 2, 0]}, (2, 3, 4), [], 17),
@@ -199,6 +203,37 @@ def test_a_convolutional_network_agrees_with_onnxruntime(tmp_path):
     np.testing.assert_allclose(one["right"], expected[1][2], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"has shape \(8, 8\): the network declares 4 axes"):
         network(x[0, 0])
+
+
+def test_integers_casts_and_constants_agree_with_onnxruntime(tmp_path):
+    """Division towards 0, constants in single precision, weights in half a float."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["whole"], to=TensorProto.INT32),
+        helper.make_node("Div", ["a", "b"], ["quotient"]),
+        helper.make_node("Add", ["whole", "quotient"], ["sum"]),
+        helper.make_node("Cast", ["sum"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Constant", [], ["half"], value_float=0.5),
+        helper.make_node("Mul", ["float", "half"], ["scaled"]),
+        helper.make_node("ConstantOfShape", ["size"], ["zeros"]),
+        helper.make_node("Add", ["scaled", "zeros"], ["moved"]),
+        helper.make_node("Cast", ["bits"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["moved", "wide"], ["y"]),
+    ]
+    tensors = {
+        "a": np.array([-7, 7, -6], np.int32),
+        "b": np.array([2, -2, 3], np.int32),
+        "size": np.array([3]),
+    }
+    made = model(nodes, tensors, (2, 3))
+    made.graph.initializer.append(
+        helper.make_tensor("bits", TensorProto.BFLOAT16, [3], [1.0, 2.0, -3.0])
+    )
+    path = tmp_path / "network.onnx"
+    path.write_bytes(made.SerializeToString())
+    x = 3 * numbers(2, 3)
+    found = read_onnx(path)(x)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, peer(path, x)[0])
 
 
 def test_in_double_precision_derivatives_are_exact(tmp_path):
@@ -291,6 +326,42 @@ def test_weights_in_the_folder_are_read(tmp_path):
 def test_what_is_not_supported_is_named(nodes, options, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         read_onnx(written(tmp_path, nodes, {}, (2, 3), **options))
+
+
+POOL = {"kernel_shape": [2], "ceil_mode": 1}
+
+
+@pytest.mark.parametrize(
+    ("node", "tensors", "match"),
+    [
+        (("Add", "c"), {}, "the Constant 'c' must have one value"),
+        (("MatMul", "w"), {"w": np.ones((4, 5), np.float32)}, r"MatMul .*'y'.*\(2, 3\), \(4, 5\)"),
+        (("Reshape", "w"), {"w": np.array([5, -1])}, "the operator Reshape"),
+        (("Transpose", {"perm": [0, 0]}), {}, "the operator Transpose"),
+        (("MaxPool", POOL), {}, "ceil_mode are not supported"),
+        (("Gather", "w"), {"w": np.array([7])}, "the index 7 is out of range for an axis"),
+        (("ConstantOfShape", "w"), {"w": np.array([1 << 40])}, "a constant of shape"),
+        (("Expand", "w"), {"w": np.array([1 << 40, 2, 3])}, "a value of more than"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_nodes_that_cannot_run_are_named_when_read(node, tensors, match, tmp_path):
+    name, *rest = node
+    attributes = rest.pop() if rest and isinstance(rest[-1], dict) else {}
+    given = rest if name == "ConstantOfShape" else ["x", *rest]
+    nodes = [helper.make_node(name, given, ["y"], **attributes)]
+    if name == "Add":
+        nodes.insert(0, helper.make_node("Constant", [], ["c"]))
+    weights = [numpy_helper.from_array(t, key) for key, t in tensors.items()]
+    shape = (2, 3, 3) if name == "MaxPool" else (2, 3)
+    value: Any = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    found: Any = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "g", [value], [found], weights)
+    sets = [helper.make_opsetid("", 17)]
+    path = tmp_path / "network.onnx"
+    path.write_bytes(helper.make_model(graph, opset_imports=sets, ir_version=8).SerializeToString())
+    with pytest.raises(ValueError, match=match):
+        read_onnx(path)
 
 
 def test_an_operator_of_another_domain_is_named(tmp_path):

@@ -190,9 +190,7 @@ def called_back(x):
 def test_a_network_without_derivatives_is_named():
     problem = NeuralSurrogate(called_back, lambda z, x: jnp.sum((z - 0.3) ** 2), trust=(-2.0, 2.0))
     x, ask = jnp.ones(2), Accuracy(1e-6, 1e-6)
-    with pytest.raises(
-        TypeError, match=r"the network gives none.*DirectionalAttack\(samples=...\)"
-    ):
+    with pytest.raises(TypeError, match=r"the network gives none.*DirectionalAttack"):
         problem.evaluate(Query(x, ask, None, derivatives=1))
     value = problem.evaluate(Query(x, ask, None, derivatives=0)).value
     np.testing.assert_allclose(value, 2 * (np.sin(1.0) - 0.3) ** 2, rtol=1e-12)

@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 from tolerax.problems.onnx_operators import OPERATORS
 
 OLDEST = 7  # operator set
+LARGEST = 2**32  # entries of a value
 
 
 class Node(NamedTuple):
@@ -24,12 +25,21 @@ class Node(NamedTuple):
     attributes: tuple[tuple[str, Any], ...]
 
     def run(self, version: int, values: dict[str, Any]) -> None:
-        """Add the outputs to the values."""
+        """Add the outputs to the values. Raises ValueError, with the operator and its output."""
         attributes = {name: _thawed(value) for name, value in self.attributes}
         attributes["outputs"] = len(self.outputs)
         given = [values[name] if name else None for name in self.inputs]
-        found = OPERATORS[self.operator](attributes, version, *given)
-        found = found if isinstance(found, tuple) else (found,)
+        try:
+            found = OPERATORS[self.operator](attributes, version, *given)
+            found = found if isinstance(found, tuple) else (found,)
+            if any(np.size(value) > LARGEST for value in found):
+                raise ValueError(f"a value of more than {LARGEST} entries.")
+        except Exception as error:
+            shapes = ", ".join("none" if v is None else str(np.shape(v)) for v in given)
+            raise ValueError(
+                f"the operator {self.operator} with the output {self.outputs[0]!r}, on inputs of "
+                f"shapes {shapes}: {error}"
+            ) from error
         values.update(zip(self.outputs, found, strict=False))
 
 
@@ -83,8 +93,9 @@ def read_onnx(path: str | os.PathLike[str], dtype: Any = None) -> OnnxNetwork:
 
     Dense and convolutional networks with the usual activations, norms and pools are supported, for
     inference. Raises ValueError, with the reason, for a file that is damaged or no network, an
-    operator that is not supported, and a file whose weights lie outside its folder. Nothing in a
-    file is executed.
+    operator that is not supported, shapes that do not fit, and a file whose weights lie outside its
+    folder. Nothing in a file is executed. (Shapes are looked at where the file declares those of
+    its inputs, for a batch of one where it leaves that open; else when the network is called.)
     """
     try:
         import onnx  # pyright: ignore[reportMissingImports]
@@ -128,11 +139,15 @@ def read_onnx(path: str | os.PathLike[str], dtype: Any = None) -> OnnxNetwork:
         )
 
     for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
+        if node.op_type != "Constant":
+            continue
+        if len(node.attribute) != 1:
+            raise ValueError(f"{path}: the Constant {node.output[0]!r} must have one value.")
+        if node.attribute[0].name == "value":
             tensors[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
     weights, constants = {}, []
     for name, array in tensors.items():
-        if np.issubdtype(array.dtype, np.floating):
+        if jnp.issubdtype(array.dtype, jnp.floating):
             weights[name] = jnp.asarray(array if dtype is None else array.astype(dtype))
         else:
             constants.append((name, _frozen(array)))
@@ -145,7 +160,23 @@ def read_onnx(path: str | os.PathLike[str], dtype: Any = None) -> OnnxNetwork:
         _node(onnx, numpy_helper, node) for node in graph.node if node.output[0] not in tensors
     )
     outputs = tuple(value.name for value in graph.output)
-    return OnnxNetwork(weights, tuple(constants), nodes, inputs, outputs, version)
+    network = OnnxNetwork(weights, tuple(constants), nodes, inputs, outputs, version)
+    shapes = {v.name: _sizes(v) for v in graph.input if v.name not in tensors}
+    if all(shape is not None for shape in shapes.values()):
+        like = {name: jax.ShapeDtypeStruct(shapes[name], kind) for name, _, kind in inputs}
+        try:
+            eqx.filter_eval_shape(network, like)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return network
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """The declared shape of an input, with one case where the batch is open."""
+    sizes = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+    if sizes and not sizes[0]:
+        sizes[0] = 1
+    return tuple(sizes) if all(size > 0 for size in sizes) else None
 
 
 def _case(name: str, value: Array) -> Array:

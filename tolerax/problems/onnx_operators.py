@@ -8,6 +8,7 @@ Source: the operator definitions of ONNX (operator sets 7 and later).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Attributes = dict[str, Any]
+LARGEST = 2**28  # entries of a constant that is made while tracing
 
 #: By name: `(attributes, version, *inputs) -> output`.
 OPERATORS: dict[str, Callable] = {}
@@ -97,7 +99,10 @@ def div(a: Attributes, v: int, x: Any, y: Any) -> Any:
     """Integers are divided as in C."""
     xp = _xp(x, y)
     x, y = xp.broadcast_arrays(x, y)
-    return x / y if xp.issubdtype(x.dtype, np.floating) else (x // y).astype(x.dtype)
+    if xp.issubdtype(x.dtype, np.floating):
+        return x / y
+    whole = x // y  # rounded down; in C towards 0
+    return (whole + ((whole < 0) & (whole * y != x))).astype(x.dtype)
 
 
 @operator("LeakyRelu")
@@ -344,16 +349,23 @@ def shape(a: Attributes, v: int, x: Any) -> np.ndarray:
 
 @operator("Constant")
 def constant(a: Attributes, v: int) -> Any:
-    """The value in whichever attribute it is."""
-    (value,) = (value for name, value in a.items() if name.startswith("value"))
-    return np.asarray(value)
+    """The value in whichever attribute it is: numbers are single precision, or integers."""
+    kinds = {"value_float": np.float32, "value_floats": np.float32}
+    kinds |= {"value_int": np.int64, "value_ints": np.int64}
+    for name, kind in kinds.items():
+        if name in a:
+            return np.asarray(a[name], kind)
+    raise ValueError("only constants that are tensors or numbers are supported.")
 
 
 @operator("ConstantOfShape")
 def constant_of_shape(a: Attributes, v: int, size: Any) -> Any:
     """One value everywhere."""
     value = np.asarray(a.get("value", np.zeros(1, np.float32))).ravel()[0]
-    return np.full(_static(size, "a shape").tolist(), value)
+    shape = _static(size, "a shape").tolist()
+    if math.prod(shape) > LARGEST:
+        raise ValueError(f"a constant of shape {shape} has more than {LARGEST} entries.")
+    return np.full(shape, value)
 
 
 @operator("Reshape")
@@ -432,6 +444,11 @@ def slice_(a: Attributes, v: int, x: Any, *where: Any) -> Any:
 @operator("Gather")
 def gather(a: Attributes, v: int, x: Any, index: Any) -> Any:
     """Entries along one axis."""
+    if _known(index):
+        size = x.shape[a.get("axis", 0)]
+        out = np.asarray(index)[(np.asarray(index) < -size) | (np.asarray(index) >= size)]
+        if out.size:
+            raise ValueError(f"the index {out[0]} is out of range for an axis of length {size}.")
     return _xp(x, index).take(x, index, axis=a.get("axis", 0))
 
 
