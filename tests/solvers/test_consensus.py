@@ -205,6 +205,7 @@ def test_points_stay_on_a_sphere_and_find_the_smallest_eigenvalue():
     ("fields", "message"),
     [
         ({"particles": 1}, "particles is 1"),
+        ({"batch": 0}, "batch is 0"),
         ({"batch": 1}, "batch is 1"),
         ({"batch": 101}, "batch is 101"),
         ({"dt": 0.0}, "dt is 0.0"),
