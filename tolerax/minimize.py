@@ -129,7 +129,8 @@ def minimize(
     - `method`: `"line-search"` (default without constraints), `"steepest-descent"`, `"newton"`,
       `"maid"`, `"hoag"`; `"sqp"` (default with constraints; uses second derivatives); `"cbo"`,
       `"consensus-hopping"`, `"consensus-freezing"` (by values at many points);
-      `"model-trust-region"`, `"cdsm"` (by values at few points); or a solver of this library.
+      `"model-trust-region"`, `"cdsm"` (by values at few points), `"attack"` (by some gradients and
+      values, for functions of networks); or a solver of this library.
     - `jac`: `None`; `True` when `fun` returns `(value, gradient)`; a callable `jac(x, *args)`;
       `"2-point"` (forward differences, central ones where the accuracy needs them) or `"3-point"`
       (central differences). With a string `fun` is always called as Python code.

@@ -170,6 +170,25 @@ def test_fault_ends_honestly_without_gradients(entry, fault):
         assert "evaluations failed" in result.message
 
 
+@pytest.mark.parametrize("fault", [name for name in FAULTS if "gradient" in name])
+def test_wrong_gradients_leave_an_attack_to_the_others(fault):
+    """With derivatives, which the entry of attacks does without: the solvers of turns look at
+    values alone, so that the run succeeds all the same."""
+    seen = zoo.Recorded(good)
+    result = tolerax.minimize(
+        seen,
+        START,
+        jac=FAULTS[fault].gradient,
+        method="attack",
+        bounds=[(-np.inf, 1e300)] * 2,
+        options={"max_steps": 600},
+    )
+    assert result.success, result.message
+    assert result.njev > 0
+    assert np.linalg.norm(good_gradient(result.x)) <= 1e-5
+    assert result.fun == seen.best
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @every_solver
 def test_fault_ends_honestly(entry, fault):

@@ -11,6 +11,7 @@ import pytest
 import tolerax
 from tolerax import DirectionalAttack, NeuralSurrogate, Objective, Query, Status
 from tolerax.inner.particles import first_differentiated
+from tolerax.solvers._attack_steps import estimated, orthogonal_rows
 
 ALONE = DirectionalAttack(then=())
 
@@ -126,10 +127,33 @@ def test_without_derivatives_gradients_are_estimated():
         tolerax.solve(problem, DirectionalAttack(then=()), jnp.zeros(3))
 
 
+@pytest.mark.parametrize("samples", [2, 3, 5])
+def test_an_estimate_is_the_gradient_where_there_are_enough_directions(samples):
+    """Of a quadratic, whose central differences are exact; also where they are no whole number of
+    bases, and at a bound, where steps are cut off."""
+    slope, x = jnp.array([-0.5, 2.5]), jnp.array([0.25, 1.0])
+    fun = lambda x: slope @ x + x @ jnp.array([[1.0, 0.3], [0.3, 2.0]]) @ x / 2  # noqa: E731
+    steps = 0.1 * orthogonal_rows(jax.random.key(samples), samples, x)
+    np.testing.assert_allclose(jnp.linalg.norm(steps, axis=1), 0.1, rtol=1e-12)
+    rungs = jnp.concatenate([x[None] + steps, x[None] - steps])
+    found = estimated(rungs, jax.vmap(fun)(rungs))
+    np.testing.assert_allclose(found, jax.grad(fun)(x), rtol=1e-10)
+    cut = jnp.minimum(rungs, 1.0)
+    linear = lambda x: slope @ x  # noqa: E731
+    np.testing.assert_allclose(estimated(cut, jax.vmap(linear)(cut)), slope, rtol=1e-10)
+
+
+def test_the_solvers_of_turns_have_the_radius_of_the_attack():
+    given = (jnp.zeros(1), jnp.zeros(1))
+    solvers: Any = DirectionalAttack(radius=0.25)._others(given)
+    assert [solver.radius for solver in solvers] == [0.25, 0.25]
+
+
 def test_bad_options_are_named():
     for options, match in [
         ({"gain": 0.0}, "gain is 0.0"),
         ({"samples": -1}, "samples is -1"),
+        ({"samples": True}, "samples is True: give an integer of at least 0"),
         ({"memory": 0}, "memory is 0"),
         ({"restarts": -1}, "restarts is -1"),
     ]:

@@ -7,10 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from tolerax.contracts import Evaluation
 from tolerax.inner.lbfgs import Pairs, inverse_product
+from tolerax.inner.positive_bases import rotation
 
 ROWS = 8  # constraints that a step looks at: the tightest ones
 KEPT = 2  # of them, remembered for later points
@@ -259,17 +260,26 @@ def _within(
     return inverse(total, free), total, free, y
 
 
+def orthogonal_rows(
+    key: PRNGKeyArray, count: int, x: Float[Array, " n"]
+) -> Float[Array, "count n"]:
+    """Random unit vectors, each n in turn orthogonal."""
+    keys = jax.random.split(key, -(-count // x.size))
+    bases = jax.vmap(lambda key: rotation(key, x.size, x.dtype))(keys)
+    return bases.reshape(-1, x.size)[:count]
+
+
 def estimated(rungs: Float[Array, "twice n"], energy: Float[Array, " more"]) -> Float[Array, " n"]:
-    """A gradient from central differences along orthogonal directions: of the points the first half
-    is on one side, the other on the other."""
-    samples = rungs.shape[0] // 2
-    up, down = energy[:samples], energy[samples : 2 * samples]
+    """A gradient from central differences: of the points the first half is on one side, the other
+    on the other. Of all that agree best with the differences the shortest, made longer where there
+    are fewer directions than variables."""
+    samples, n = rungs.shape[0] // 2, rungs.shape[1]
     steps = (rungs[:samples] - rungs[samples:]) / 2
-    squares = jnp.sum(steps**2, axis=1)
-    slopes = jnp.where(squares > 0, (up - down) / (2 * jnp.where(squares > 0, squares, 1)), 0)
-    slopes = jnp.where(jnp.isfinite(slopes), slopes, 0)
-    # Of n directions only some were looked along.
-    return (rungs.shape[1] / samples) * slopes @ steps
+    differences = (energy[:samples] - energy[samples : 2 * samples]) / 2
+    known = jnp.isfinite(differences)
+    steps = jnp.where(known[:, None], steps, 0)
+    found = jnp.linalg.lstsq(steps, jnp.where(known, differences, 0))[0]
+    return n / min(samples, n) * found
 
 
 def penalty_for(

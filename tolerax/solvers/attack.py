@@ -12,7 +12,6 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.lbfgs import add_pair, no_pairs
-from tolerax.inner.positive_bases import positive_basis
 from tolerax.solvers._attack_state import (
     FACTORS,
     GRADIENT,
@@ -27,6 +26,7 @@ from tolerax.solvers._attack_steps import (
     directions,
     estimated,
     none_held,
+    orthogonal_rows,
     penalty_for,
     remembered,
     tangents,
@@ -36,10 +36,11 @@ from tolerax.solvers._attack_steps import (
 from tolerax.solvers._attack_turns import Turns, notable
 from tolerax.solvers._branches import when
 from tolerax.solvers._common import Box, select
-from tolerax.solvers._population import check_positive, flat
+from tolerax.solvers._population import flat
 from tolerax.solvers.cdsm import CDSM
 from tolerax.solvers.model_trust_region import ModelTrustRegion, first_radius
 from tolerax.status import Status, is_failed
+from tolerax.validation import check_options
 
 SMALLEST = 1e-10  # length, in units, below which attacks find nothing
 
@@ -66,14 +67,16 @@ class DirectionalAttack(Solver):
     inherits none of their guarantees.
 
     - `then`: a tuple of solvers that ask for values at batches of points; by default a
-      [`ModelTrustRegion`][] with this `tol`, and [`CDSM`][] too where there are constraints, along
-      whose edges models of a penalty jam. With an empty one a run ends where attacks stall.
+      [`ModelTrustRegion`][] with this `tol` and `radius`, and [`CDSM`][] too where there are
+      constraints, along whose edges models of a penalty jam. With an empty one a run ends where
+      attacks stall.
     - `radius`: the unit of each variable, and the first length: a number or a pytree like x; by
       default a fifth of the distance of the bounds, and `max(1, |x0|) / 2` for variables without.
     - `gain`: see above. - `burst`: points of the first turn, in multiples of n + 1.
     - `restarts`: how often a run begins anew, at most.
     - `samples`: for problems that give no derivatives: estimate the gradient by central differences
-      along so many random orthogonal directions instead, at the length that succeeded last.
+      along so many random directions instead, at the length that succeeded last: orthogonal ones,
+      as long as there are no more than variables; with more, a new basis for each as many.
     - `memory`: L-BFGS pairs.
     - `penalty`: weight of the `violation` of a point; grows by half whenever the attacked point
       violates more than `feasible_within`.
@@ -104,20 +107,24 @@ class DirectionalAttack(Solver):
     accuracy: Accuracy = eqx.field(default_factory=lambda: Accuracy(1e-6, 1e-6))
 
     def __check_init__(self):
-        check_positive(self, "gain", "burst", "penalty", "feasible_within", "tol")
-        for name in ("samples", "restarts", "memory"):
-            if getattr(self, name) < (name == "memory"):
-                raise ValueError(f"{name} is {getattr(self, name)}: give a larger integer.")
+        check_options(self, positive="gain burst penalty feasible_within tol")
+        for name, least in (("samples", 0), ("restarts", 0), ("memory", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}: give an integer of at least {least}.")
 
     def _others(self, limits: tuple[PyTree, PyTree] | None) -> tuple[Solver, ...]:
         if self.then is not None:
             return self.then
         # Their fields are set afterwards, since they may be traced.
-        models = eqx.tree_at(lambda s: s.tol, ModelTrustRegion(batch=16), self.tol)
+        models = eqx.tree_at(
+            lambda s: s.tol, ModelTrustRegion(radius=self.radius, batch=16), self.tol
+        )
         if limits is None:
             return (models,)
         fields = (self.tol, self.feasible_within)
-        return models, eqx.tree_at(lambda s: (s.tol, s.feasible_within), CDSM(), fields)
+        cover = CDSM(radius=self.radius)
+        return models, eqx.tree_at(lambda s: (s.tol, s.feasible_within), cover, fields)
 
     def _turns(self, limits: tuple[PyTree, PyTree] | None) -> Turns:
         return Turns(
@@ -377,8 +384,7 @@ class DirectionalAttack(Solver):
         key = jax.random.fold_in(state.key, state.iteration)
         ahead = dataclasses.replace(state, mode=jnp.array(GRADIENT))
         if self.samples:
-            n = state.x.size
-            basis = positive_basis(key, n, dtype=state.x.dtype)[: self.samples]
+            basis = orthogonal_rows(key, self.samples, state.x)
             steps = 0.1 * jnp.clip(state.lengths[1], 1e-6, 1.0) * basis
             rungs = jnp.concatenate([state.x[None] + steps, state.x[None] - steps])
             ahead = dataclasses.replace(ahead, rungs=state.filled(rungs))
