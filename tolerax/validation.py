@@ -65,13 +65,14 @@ _RANGES = {
     "positive": ("be positive", lambda number: number > 0),
     "at least 0": ("not be negative", lambda number: number >= 0),
     "at least 1": ("be at least 1", lambda number: number >= 1),
-    "below 1": ("lie between 0 and 1", lambda number: 0 < number < 1),
-    "up to 1": ("lie between 0 and 1, or be 1", lambda number: 0 < number <= 1),
+    "below 1": ("lie between 0 and 1", lambda number: (number > 0) & (number < 1)),
+    "up to 1": ("lie between 0 and 1, or be 1", lambda number: (number > 0) & (number <= 1)),
 }
 
 
 def check_options(options: Any, **ranges: str) -> None:
-    """Raise for attributes of `options` that are outside their ranges, where they are concrete.
+    """Raise for attributes of `options` that are outside their ranges. `None`, and what is traced,
+    is believed; arrays have to be within in every entry.
 
     - `ranges`: for each range the names of the options in it, separated by spaces; in the name of
       the range a space is an underscore.
@@ -80,10 +81,10 @@ def check_options(options: Any, **ranges: str) -> None:
         must, holds = _RANGES[kind.replace("_", " ")]
         for name in names.split():
             value = getattr(options, name)
-            if not is_concrete(value):
+            if value is None or not is_concrete(value):
                 continue
             try:
-                inside = bool(holds(value))
+                inside = np.all(holds(np.asarray(value)))
             except (TypeError, ValueError) as error:
                 raise TypeError(f"{name} is {value!r}: give a number.") from error
             if not inside:

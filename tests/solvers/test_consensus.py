@@ -31,7 +31,8 @@ from tolerax.solvers import (
     Sphere,
     Stiefel,
 )
-from tolerax.solvers._population import check_count, check_positive
+from tolerax.solvers._population import check_count
+from tolerax.validation import check_options
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(50, 3)))
@@ -253,8 +254,8 @@ def test_arrays_are_looked_at_and_integers_of_numpy_are_integers():
     given = types.SimpleNamespace(alpha=jnp.array(-1.0), particles=np.int64(50))
     check_count(given, "particles")
     with pytest.raises(ValueError, match="alpha is -1"):
-        check_positive(given, "alpha")
-    jax.vmap(lambda alpha: check_positive(types.SimpleNamespace(alpha=alpha), "alpha"))(-X)
+        check_options(given, positive="alpha")
+    jax.vmap(lambda alpha: check_options(types.SimpleNamespace(alpha=alpha), positive="alpha"))(-X)
 
 
 def test_an_ensemble_that_does_not_fit_is_named():

@@ -1,7 +1,6 @@
 """What solvers that ask for values at many points share: flat ensembles, energies, probes."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -136,29 +135,6 @@ def probed(about: Float[Array, " d"], scale: Float[Array, " d"]) -> Any:
     """The status of a run whose probes found nothing lower: those that rounding puts back on the
     point say nothing."""
     return Status.where(lost_in(about, scale), Status.stalled, Status.consensus)
-
-
-def check_positive(owner: Any, *names: str) -> None:
-    """Raise for fields that are not positive."""
-    _check(owner, names, lambda value: value > 0, "must be positive")
-
-
-def check_not_negative(owner: Any, *names: str) -> None:
-    """Raise for fields that are negative."""
-    _check(owner, names, lambda value: value >= 0, "must not be negative")
-
-
-def check_share(owner: Any, *names: str) -> None:
-    """Raise for fields that are not between 0 and 1."""
-    _check(owner, names, lambda value: (value > 0) & (value < 1), "must lie between 0 and 1")
-
-
-def _check(owner: Any, names: tuple[str, ...], holds: Callable[[Any], Any], wanted: str) -> None:
-    """Raise for fields that have values which can be looked at, and are not as wanted."""
-    for name in names:
-        value = getattr(owner, name)
-        if value is not None and is_concrete(value) and not np.all(holds(np.asarray(value))):
-            raise ValueError(f"{name} is {value}: it {wanted}.")
 
 
 def check_count(owner: Any, name: str, least: int = 2) -> None:

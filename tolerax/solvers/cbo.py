@@ -24,8 +24,6 @@ from tolerax.solvers._population import (
     Population,
     batch_query,
     check_count,
-    check_not_negative,
-    check_positive,
     check_spread,
     first_ensemble,
     flat,
@@ -44,7 +42,7 @@ from tolerax.solvers.consensus import (
 )
 from tolerax.solvers.manifolds import MirrorMap
 from tolerax.status import PointStatus, Status
-from tolerax.validation import is_concrete
+from tolerax.validation import check_options, is_concrete
 
 Positions = Float[Array, "n d"]
 MOST_PROBES = 256
@@ -135,9 +133,9 @@ class CBO(Population):
     def __check_init__(self):
         check_count(self, "particles")
         check_spread(self.spread)
-        check_positive(self, "drift", "dt", "penalty", "tol")
-        check_positive(self, "memory", "gradient", "constraint_drift")
-        check_not_negative(self, "feasible_within", "patience")
+        check_options(self, positive="drift dt penalty tol")
+        check_options(self, positive="memory gradient constraint_drift")
+        check_options(self, at_least_0="feasible_within patience")
         if self.batch is not None and self.batch not in range(2, self.particles + 1):
             raise ValueError(f"batch is {self.batch!r}: give 2 to {self.particles} particles.")
         for leaf in jax.tree.leaves(self.ensemble):

@@ -25,9 +25,9 @@ from tolerax.solvers._model_steps import (
     star,
     told,
 )
-from tolerax.solvers._population import batch_query, check_positive, energies, flat
+from tolerax.solvers._population import batch_query, energies, flat
 from tolerax.status import Status
-from tolerax.validation import is_concrete
+from tolerax.validation import check_options, is_concrete
 
 STAR, SEARCH, POLL = range(3)
 # Where points have no value, what a poll without success leaves of its radius.
@@ -137,7 +137,7 @@ class CDSM(Solver):
 
     def __check_init__(self):
         check_fields(self, "batch", "memory")
-        check_positive(self, "covering")
+        check_options(self, positive="covering")
         if is_concrete(self.feasible_within) and not self.feasible_within >= 0:
             raise ValueError(f"feasible_within is {self.feasible_within}: it must not be negative.")
 

@@ -24,10 +24,8 @@ from tolerax.inner.particles import (
 )
 from tolerax.solvers._population import (
     check_count,
-    check_not_negative,
-    check_positive,
-    check_share,
 )
+from tolerax.validation import check_options
 
 Positions = Float[Array, "n d"]
 Energies = Float[Array, " n"]
@@ -115,7 +113,7 @@ class SoftConsensus(Consensus):
     standardized: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self):
-        check_positive(self, "alpha", "growth")
+        check_options(self, positive="alpha growth")
 
     def __call__(
         self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
@@ -158,7 +156,7 @@ class EffectiveSampleSize(Consensus):
     bisections: int = eqx.field(static=True, default=30)
 
     def __check_init__(self):
-        check_share(self, "share")
+        check_options(self, below_1="share")
         check_count(self, "bisections", 1)
 
     def __call__(
@@ -193,7 +191,7 @@ class Polarized(Consensus):
     alpha: float = 30.0
 
     def __check_init__(self):
-        check_positive(self, "kappa", "alpha")
+        check_options(self, positive="kappa alpha")
 
     def __call__(
         self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
@@ -227,8 +225,8 @@ class Quantile(Consensus):
     of_violations = True
 
     def __check_init__(self):
-        check_share(self, "share")
-        check_positive(self, "alpha")
+        check_options(self, below_1="share")
+        check_options(self, positive="alpha")
 
     def __call__(
         self, x: Positions, energy: Energies, violation: Energies, step: Int[Array, ""], over: Any
@@ -300,7 +298,7 @@ class Anisotropic(Noise):
     truncated: float = float("inf")
 
     def __check_init__(self):
-        check_not_negative(self, "s", "jumps", "jump_scale", "floor", "truncated")
+        check_options(self, at_least_0="s jumps jump_scale floor truncated")
 
     def __call__(
         self,
@@ -348,7 +346,7 @@ class Isotropic(Noise):
     truncated: float = float("inf")
 
     def __check_init__(self):
-        check_not_negative(self, "s", "floor", "truncated")
+        check_options(self, at_least_0="s floor truncated")
 
     def __call__(
         self,
@@ -407,8 +405,8 @@ class Covariance(Noise):
     inflation: float = 0.5
 
     def __check_init__(self):
-        check_share(self, "rate")
-        check_not_negative(self, "inflation")
+        check_options(self, below_1="rate")
+        check_options(self, at_least_0="inflation")
 
     def init(self, x: Positions) -> Shape:
         d = x.shape[1]

@@ -13,12 +13,11 @@ from tolerax.solvers._cbo_state import CBOState
 from tolerax.solvers._population import (
     Population,
     check_count,
-    check_not_negative,
-    check_positive,
     check_spread,
 )
 from tolerax.solvers.cbo import CBO
 from tolerax.solvers.consensus import Agreement, Consensus, HardMinimum, Noise
+from tolerax.validation import check_options
 
 Positions = Float[Array, "n d"]
 
@@ -115,8 +114,8 @@ class ConsensusFreezing(Population):
     def __check_init__(self):
         check_count(self, "particles")
         check_spread(self.spread)
-        check_positive(self, "drift", "interval", "shrink", "tol")
-        check_not_negative(self, "sigma", "width", "patience")
+        check_options(self, positive="drift interval shrink tol")
+        check_options(self, at_least_0="sigma width patience")
 
     @property
     def _particles(self) -> CBO:

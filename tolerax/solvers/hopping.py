@@ -20,7 +20,6 @@ from tolerax.solvers._population import (
     any_finite,
     batch_query,
     check_count,
-    check_positive,
     check_spread,
     energies,
     flat,
@@ -32,6 +31,7 @@ from tolerax.solvers._population import (
 )
 from tolerax.solvers.consensus import Consensus, RankWeights
 from tolerax.status import Status
+from tolerax.validation import check_options
 
 Positions = Float[Array, "n d"]
 
@@ -107,7 +107,7 @@ class ConsensusHopping(Population):
     def __check_init__(self):
         check_count(self, "particles")
         check_spread(self.spread)
-        check_positive(self, "tol", "shrink")
+        check_options(self, positive="tol shrink")
         if self.consensus.of_violations:
             raise ValueError(
                 f"consensus is {self.consensus}, but ConsensusHopping does not look at violations: "

@@ -19,7 +19,6 @@ from tolerax.solvers._population import (
     any_finite,
     batch_query,
     check_count,
-    check_positive,
     check_spread,
     energies,
     first_ensemble,
@@ -29,6 +28,7 @@ from tolerax.solvers._population import (
     scale_like,
 )
 from tolerax.status import Status
+from tolerax.validation import check_options
 
 Positions = Float[Array, "n d"]
 
@@ -105,7 +105,7 @@ class EnsembleKalmanInversion(Population):
     def __check_init__(self):
         check_count(self, "particles")
         check_spread(self.spread)
-        check_positive(self, "tol", "step")
+        check_options(self, positive="tol step")
 
     @property
     def honours_bounds(self) -> bool:

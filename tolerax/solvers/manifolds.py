@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from tolerax.solvers._population import check_positive
+from tolerax.validation import check_options
 
 
 class Sphere(eqx.Module):
@@ -17,7 +17,7 @@ class Sphere(eqx.Module):
     radius: float = 1.0
 
     def __check_init__(self):
-        check_positive(self, "radius")
+        check_options(self, positive="radius")
 
     def __call__(self, x: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(x)
@@ -68,7 +68,7 @@ class Simplex(MirrorMap):
     total: float = 1.0
 
     def __check_init__(self):
-        check_positive(self, "total")
+        check_options(self, positive="total")
 
     def __call__(self, y: Float[Array, " d"]) -> Float[Array, " d"]:
         return self.total * jax.nn.softmax(y)
@@ -84,7 +84,7 @@ class Ball(MirrorMap):
     radius: float = 1.0
 
     def __check_init__(self):
-        check_positive(self, "radius")
+        check_options(self, positive="radius")
 
     def __call__(self, y: Float[Array, " d"]) -> Float[Array, " d"]:
         return y / jnp.sqrt(1 + jnp.sum(y * y) / self.radius**2)

@@ -19,8 +19,6 @@ from tolerax.solvers._population import (
     batch_query,
     boltzmann,
     check_count,
-    check_positive,
-    check_share,
     check_spread,
     energies,
     first_ensemble,
@@ -31,6 +29,7 @@ from tolerax.solvers._population import (
     tempered,
 )
 from tolerax.status import Status
+from tolerax.validation import check_options
 
 Positions = Float[Array, "n d"]
 FIRST_BLOCK = 8  # steps
@@ -141,8 +140,8 @@ class ConsensusSampling(Solver):
     def __check_init__(self):
         check_count(self, "particles")
         check_spread(self.spread)
-        check_positive(self, "settled", "tol", "beta")
-        check_share(self, "share")
+        check_options(self, positive="settled tol beta")
+        check_options(self, below_1="share")
         if self.mode not in ("sample", "optimize"):
             raise ValueError(f'mode is {self.mode!r}: use "sample" or "optimize".')
         if not isinstance(self.keep, jax.Array) and not 0 <= self.keep < 1:
