@@ -154,6 +154,15 @@ def test_float32_stays_float32(entry):
     np.testing.assert_allclose(solution.x, zoo.CENTRE, atol=1e-2)
 
 
+def test_exploring_stays_in_float32():
+    """The constants of the distribution are numbers of NumPy's, which are double."""
+    problem = tolerax.Objective(zoo.quadratic, bounds=(-5.0, 5.0))
+    solver, start = tolerax.ModelTrustRegion(explore=True, tol=1e-3), START.astype(jnp.float32)
+    solution = tolerax.solve(problem, solver, start, max_work={"points": 100})
+    assert solution.x.dtype == solution.value.dtype == jnp.float32
+    np.testing.assert_allclose(solution.x, zoo.CENTRE, atol=1e-2)
+
+
 @every
 def test_a_value_that_does_not_come_again_is_no_success(entry):
     seen = set()

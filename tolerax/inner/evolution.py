@@ -40,8 +40,9 @@ def constants(n: int, size: int) -> Constants:
     """The defaults of the tutorial, table 1, with negative weights for the worse half."""
     raw = math.log((size + 1) / 2) - np.log(np.arange(1, size + 1))
     up, down = raw[raw > 0], raw[raw <= 0]
-    mass = up.sum() ** 2 / (up**2).sum()
-    mass_down = down.sum() ** 2 / (down**2).sum()
+    # Numbers of Python's: those of NumPy would turn arrays in single precision into double.
+    mass = float(up.sum() ** 2 / (up**2).sum())
+    mass_down = float(down.sum() ** 2 / (down**2).sum())
     c_c = (4 + mass / n) / (n + 4 + 2 * mass / n)
     c_1 = 2 / ((n + 1.3) ** 2 + mass)
     c_mu = min(1 - c_1, 2 * (0.25 + mass + 1 / mass - 2) / ((n + 2) ** 2 + mass))
