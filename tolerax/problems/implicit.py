@@ -395,7 +395,10 @@ def _solution_backward(
     solve = problem.norm.solve_transpose(at, known, flat, b, accuracy.adjoint)
     # A solve that took y for the state of a problem nearby is differentiated as that problem.
     at = Fixed(problem, x, getattr(solve, "potential", None))
-    x_bar = eqx.filter_grad(lambda x: -at.pairing(flat, solve.x, x))(x)
+    # Numbers of Python's have a derivative too; integers have none.
+    real = lambda leaf: isinstance(leaf, float) or eqx.is_inexact_array(leaf)  # noqa: E731
+    moving, still = eqx.partition(x, real)
+    x_bar = jax.grad(lambda x: -at.pairing(flat, solve.x, eqx.combine(x, still)))(moving)
     failed = getattr(solve, "failed", None)
     if failed is not None:
         # Products of 0 with what is not a number: only the part of that lane is 0.
