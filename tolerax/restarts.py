@@ -74,7 +74,9 @@ def solve_with_restarts(
     for run in range(restarts + 1):
         used = {name: int(getattr(spent, name)) for name in limits}
         left = {name: limit - used[name] for name, limit in limits.items()}
-        seconds = None if max_seconds is None else max_seconds - (time.monotonic() - begin)
+        seconds = max_seconds
+        if run and max_seconds is not None:
+            seconds = max_seconds - (time.monotonic() - begin)
         if run and (min(left.values(), default=1) <= 0 or (seconds is not None and seconds <= 0)):
             break
         solution = solve(

@@ -148,7 +148,8 @@ class TimeDependent(Problem):
         """u at the start."""
         if self.controls is None:
             return x
-        return jax.tree.map(lambda leaf: leaf[0], self.controls(x))
+        # Methods say what they need of leaves without intervals.
+        return jax.tree.map(lambda leaf: leaf[0] if jnp.ndim(leaf) else leaf, self.controls(x))
 
     def _check_field(self, x: PyTree) -> None:
         field = lambda x: self.vector_field(self.times[0], self.start(x), self.control(x))  # noqa: E731
