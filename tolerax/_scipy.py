@@ -21,12 +21,6 @@ from tolerax.validation import check_bounds
 logger = logging.getLogger("tolerax")
 
 
-def positive(name: str, value: Any) -> int:
-    if not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} is {value!r}: give a positive integer.")
-    return int(value)
-
-
 def as_float64(leaf: Any, *, name: str) -> np.ndarray:
     array = np.asarray(leaf)
     if array.dtype.kind not in "biuf" and not jnp.issubdtype(array.dtype, jnp.floating):

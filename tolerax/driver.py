@@ -26,7 +26,7 @@ from tolerax.errors import SolveError
 from tolerax.progress import Silent, resolve
 from tolerax.solution import Run, Solution, Step
 from tolerax.status import Status
-from tolerax.validation import check_bounds, check_start, is_concrete, traced_floats
+from tolerax.validation import check_bounds, check_integer, check_start, is_concrete, traced_floats
 
 
 def solve(
@@ -84,7 +84,7 @@ def solve(
         )
     if not isinstance(solver, Solver):
         raise TypeError(f"solver is {solver!r}, not a Solver: try `tolerax.InexactLineSearch()`.")
-    max_steps = _positive("max_steps", max_steps)
+    max_steps = check_integer("max_steps", max_steps)
     if max_seconds is not None and not max_seconds > 0:
         raise ValueError(f"max_seconds is {max_seconds!r}: give a positive number, or None.")
     if callback is not None and not callable(callback):
@@ -149,15 +149,9 @@ def _limits(max_work: int | Mapping[str, int] | None) -> _loop.Limits:
         if name not in _loop.KINDS:
             known = ", ".join(_loop.KINDS)
             raise ValueError(f"max_work has the key {name!r}: use one of {known}.")
-        limits[name] = _positive(f"max_work[{name!r}]", limit)
+        limits[name] = check_integer(f"max_work[{name!r}]", limit)
     none = np.iinfo(jnp.result_type(int)).max
     return jnp.asarray([limits.get(name, none) for name in _loop.KINDS])
-
-
-def _positive(name: str, number: Any) -> int:
-    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
-        raise ValueError(f"{name} is {number!r}: give a positive integer.")
-    return int(number)
 
 
 def _is_key(key: Any) -> bool:

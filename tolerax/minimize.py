@@ -26,7 +26,6 @@ from tolerax._scipy import (
     inside,
     is_empty,
     listed_as_vector,
-    positive,
     start_vector,
 )
 from tolerax.contracts import Accuracy, Evaluation, Problem, Query, Solver, Start, State, Work
@@ -45,6 +44,7 @@ from tolerax.solvers.maid import MAID
 from tolerax.solvers.model_trust_region import ModelTrustRegion
 from tolerax.solvers.newton import InexactNewton
 from tolerax.status import Status
+from tolerax.validation import check_integer
 
 #: What `method=` may be: a solver is made by calling the entry. New solvers are added here.
 METHODS: dict[str, Callable[[], Solver]] = {
@@ -288,12 +288,12 @@ def _run(
     enough = [1000]
     bounded = solver
     if iterations is not None:
-        enough.append(50 * positive("maxiter", iterations))
+        enough.append(50 * check_integer("maxiter", iterations))
         bounded = AtMost(solver, jnp.asarray(iterations))
     for name in ("maxfun", "maxfev"):
         calls = options.pop(name, None)
         if calls is not None:
-            enough.append(positive(name, calls))
+            enough.append(check_integer(name, calls))
             work = options.get("max_work")
             if isinstance(work, int):
                 work = {"units": work}

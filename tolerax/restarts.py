@@ -13,6 +13,7 @@ from tolerax.contracts import Problem, Solver, Work
 from tolerax.driver import solve
 from tolerax.solution import Run, Solution
 from tolerax.status import Status
+from tolerax.validation import check_integer
 
 #: What another run would end with as well.
 FINAL = (Status.stopped, Status.worker_lost, Status.non_finite_start, Status.unbounded)
@@ -52,8 +53,7 @@ def solve_with_restarts(
     (True, True)
     """
     for name, value, least in (("restarts", restarts, 0), ("growth", growth, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}: give an integer of at least {least}.")
+        check_integer(name, value, least)
     if isinstance(x0, Run):
         raise TypeError("x0 is the state of a run: give a point, from which every run starts.")
     if "checkpoint" in options:

@@ -63,10 +63,10 @@ def check_start(x0: PyTree) -> PyTree:
 
 _RANGES = {
     "positive": ("be positive", lambda number: number > 0),
-    "at least 0": ("not be negative", lambda number: number >= 0),
-    "at least 1": ("be at least 1", lambda number: number >= 1),
-    "below 1": ("lie between 0 and 1", lambda number: (number > 0) & (number < 1)),
-    "up to 1": ("lie between 0 and 1, or be 1", lambda number: (number > 0) & (number <= 1)),
+    "at_least_0": ("not be negative", lambda number: number >= 0),
+    "at_least_1": ("be at least 1", lambda number: number >= 1),
+    "below_1": ("lie between 0 and 1", lambda number: (number > 0) & (number < 1)),
+    "up_to_1": ("lie between 0 and 1, or be 1", lambda number: (number > 0) & (number <= 1)),
 }
 
 
@@ -74,11 +74,10 @@ def check_options(options: Any, **ranges: str) -> None:
     """Raise for attributes of `options` that are outside their ranges. `None`, and what is traced,
     is believed; arrays have to be within in every entry.
 
-    - `ranges`: for each range the names of the options in it, separated by spaces; in the name of
-      the range a space is an underscore.
+    - `ranges`: for each range the names of the options in it, separated by spaces.
     """
     for kind, names in ranges.items():
-        must, holds = _RANGES[kind.replace("_", " ")]
+        must, holds = _RANGES[kind]
         for name in names.split():
             value = getattr(options, name)
             if value is None or not is_concrete(value):
@@ -89,6 +88,13 @@ def check_options(options: Any, **ranges: str) -> None:
                 raise TypeError(f"{name} is {value!r}: give a number.") from error
             if not inside:
                 raise ValueError(f"{name} is {value}: it must {must}.")
+
+
+def check_integer(name: str, value: Any, least: int = 1) -> int:
+    """The integer; raises for what is none, or smaller than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} is {value!r}: give an integer of at least {least}.")
+    return int(value)
 
 
 def one_dtype(tree: PyTree, name: str) -> None:

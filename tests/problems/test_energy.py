@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tolerax
-from tests.problems.truth import MAKE, Exact, ask, errors, exact, outcome, small_penalties, some_x
+from tests.problems.truth import (
+    MAKE,
+    Exact,
+    ask,
+    errors,
+    exact,
+    outcome,
+    ridge,
+    small_penalties,
+    some_x,
+)
 from tolerax.inner import LBFGS, AcceleratedGradient
 from tolerax.problems import CrossBounds
 from tolerax.problems.constants import constant, proved
@@ -250,19 +260,6 @@ def test_a_quadratic_that_is_none_is_contradicted():
     solution = tolerax.solve(problem, tolerax.InexactLineSearch(), x, max_steps=50)
     assert solution.status == tolerax.Status.contradicted
     assert not solution.success
-
-
-def ridge(**constants):
-    def cross(y, q, x):
-        root = jnp.exp(0.5 * x)
-        return CrossBounds(root * jnp.linalg.norm(y), root * jnp.linalg.norm(q), 1.0)
-
-    return tolerax.Bilevel(
-        lambda y, x: jnp.sum((y - 1) ** 2),
-        lambda y, x: 0.5 * jnp.sum((y - 2) ** 2) + 0.5 * jnp.exp(x) * jnp.sum(y**2),
-        jnp.zeros(3),
-        **{"strong_convexity": jnp.exp, "self_concordance": 0.0, "cross": cross} | constants,
-    )
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+import tolerax
 from tests.problems.library.dense import Dense
 from tolerax.contracts import Accuracy, Query
-from tolerax.problems import library
+from tolerax.problems import CrossBounds, library
 from tolerax.problems.constants import proved
 from tolerax.problems.library.base import LibraryProblem, assemble
 from tolerax.problems.library.cleaning import CleaningCross, WeightedLoss
@@ -165,3 +166,18 @@ def errors(evaluation, truth):
     """The true errors of value and gradient."""
     gradient = np.asarray(ravel_pytree(evaluation.gradient)[0])
     return abs(float(evaluation.value) - truth.value), np.linalg.norm(gradient - truth.gradient)
+
+
+def ridge(**constants):
+    """`y = 2 / (1 + exp(x))` in all three entries: the upper level is 0 at x = 0."""
+
+    def cross(y, q, x):
+        root = jnp.exp(0.5 * x)
+        return CrossBounds(root * jnp.linalg.norm(y), root * jnp.linalg.norm(q), 1.0)
+
+    return tolerax.Bilevel(
+        lambda y, x: jnp.sum((y - 1) ** 2),
+        lambda y, x: 0.5 * jnp.sum((y - 2) ** 2) + 0.5 * jnp.exp(x) * jnp.sum(y**2),
+        jnp.zeros(3),
+        **{"strong_convexity": jnp.exp, "self_concordance": 0.0, "cross": cross} | constants,
+    )

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 import tolerax
+from tests.problems.truth import ridge
 from tolerax import HOAG, MAID, Accuracy, Evaluation, InexactLineSearch, PointStatus, Work
-from tolerax.problems import CrossBounds
 
 
 @pytest.mark.parametrize(
@@ -41,27 +41,11 @@ def test_steepest_descent_finds_its_step_at_any_scale(curvature):
     assert int(solution.steps) < 50
 
 
-def nested():
-    """`y = 2 / (1 + exp(x))` in all entries: the upper level is 0 at x = 0."""
-
-    def cross(y, q, x):
-        root = jnp.exp(0.5 * x)
-        return CrossBounds(root * jnp.linalg.norm(y), root * jnp.linalg.norm(q), 1.0)
-
-    return tolerax.Bilevel(
-        lambda y, x: jnp.sum((y - 1) ** 2),
-        lambda y, x: 0.5 * jnp.sum((y - 2) ** 2) + 0.5 * jnp.exp(x) * jnp.sum(y**2),
-        jnp.zeros(3),
-        strong_convexity=jnp.exp,
-        self_concordance=0.0,
-        upper_smoothness=2.0,
-        cross=cross,
-    )
-
-
 @pytest.mark.parametrize("solver", [InexactLineSearch, MAID, HOAG])
 def test_a_nested_problem_is_solved_to_its_known_optimum(solver):
-    solution = tolerax.solve(nested(), solver(rtol=1e-4, atol=0.0), jnp.array(1.0))
+    solution = tolerax.solve(
+        ridge(upper_smoothness=2.0), solver(rtol=1e-4, atol=0.0), jnp.array(1.0)
+    )
     assert solution.status == tolerax.Status.converged
     assert abs(float(solution.x)) < 1e-3
     lower, upper = solution.interval

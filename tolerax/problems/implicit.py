@@ -27,7 +27,7 @@ from tolerax.contracts import (
     Work,
     tree_all_finite,
 )
-from tolerax.inner.metric import Metric
+from tolerax.inner.metric import Metric, definite_norm
 from tolerax.inner.minimizers import Limit
 from tolerax.status import PointStatus
 from tolerax.validation import one_dtype
@@ -93,13 +93,13 @@ class Fixed:
         metric = self.problem.metric
         if metric is None:
             return jnp.linalg.norm(v)
-        return jnp.sqrt(jnp.maximum(jnp.dot(v, ravel_pytree(metric.mv(self.unravel_x(v)))[0]), 0))
+        return definite_norm(v, ravel_pytree(metric.mv(self.unravel_x(v)))[0])
 
     def dual_x(self, g: Float[Array, " m"]) -> Scalar:
         """The dual norm, that of gradients."""
         if self.problem.metric is None:
             return jnp.linalg.norm(g)
-        return jnp.sqrt(jnp.maximum(jnp.dot(g, self.riesz_x(g)), 0))
+        return definite_norm(g, self.riesz_x(g))
 
     def constant(self, value: Any) -> Scalar:
         """A constant of the problem at x as a scalar."""

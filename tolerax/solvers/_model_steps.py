@@ -16,7 +16,7 @@ from tolerax.inner.interpolation import Basis, Quadratic, basis
 from tolerax.inner.trust_region import in_ball_and_box
 from tolerax.solvers._common import Box, select
 from tolerax.solvers._population import check_spread, scale_like
-from tolerax.validation import is_concrete
+from tolerax.validation import check_integer, is_concrete
 
 Scalar = Float[Array, ""]
 Vector = Float[Array, " n"]
@@ -278,9 +278,8 @@ def check_fields(owner: Any, *counts: str) -> None:
             "between 0 and 1."
         )
     for name in counts:
-        value = getattr(owner, name)
-        if value is not None and (not isinstance(value, int) or value is True or value < 1):
-            raise ValueError(f"{name} is {value!r}: give an integer of at least 1.")
+        if getattr(owner, name) is not None:
+            check_integer(name, getattr(owner, name))
 
 
 def first_radius(radius: PyTree, start: Start, box: Box) -> Float[Array, " n"]:

@@ -14,7 +14,7 @@ from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.particles import normal
 from tolerax.solvers._common import Box, lost_in
 from tolerax.status import PointStatus, Status
-from tolerax.validation import is_concrete
+from tolerax.validation import check_integer, is_concrete
 
 Positions = Float[Array, "n d"]
 PROBE_LADDER = 12.0  # halvings from the largest probe down to the smallest
@@ -139,9 +139,7 @@ def probed(about: Float[Array, " d"], scale: Float[Array, " d"]) -> Any:
 
 def check_count(owner: Any, name: str, least: int = 2) -> None:
     """Raise for a field that is no integer of at least `least`."""
-    value = getattr(owner, name)
-    if not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} is {value!r}: give an integer of at least {least}.")
+    check_integer(name, getattr(owner, name), least)
 
 
 def refuse_bounds(start: Start, **maps: Any) -> None:

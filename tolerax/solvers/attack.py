@@ -40,7 +40,7 @@ from tolerax.solvers._population import flat
 from tolerax.solvers.cdsm import CDSM
 from tolerax.solvers.model_trust_region import ModelTrustRegion, first_radius
 from tolerax.status import Status, is_failed
-from tolerax.validation import check_options
+from tolerax.validation import check_integer, check_options
 
 SMALLEST = 1e-10  # length, in units, below which attacks find nothing
 
@@ -109,9 +109,7 @@ class DirectionalAttack(Solver):
     def __check_init__(self):
         check_options(self, positive="gain burst penalty feasible_within tol")
         for name, least in (("samples", 0), ("restarts", 0), ("memory", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}: give an integer of at least {least}.")
+            check_integer(name, getattr(self, name), least)
 
     def _others(self, limits: tuple[PyTree, PyTree] | None) -> tuple[Solver, ...]:
         if self.then is not None:

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start, Work
-from tolerax.inner.kkt import PRODUCTS, DenseKKT, KKTSolver, SketchAndProject, check_size
+from tolerax.inner.kkt import DenseKKT, KKTSolver, check_size
 from tolerax.inner.metric import definite_norm
 from tolerax.solvers._common import Box, failure, resolution, select, success
 from tolerax.solvers._sqp_plan import linear_solver, plan
@@ -156,8 +156,6 @@ class ExactAugmentedLagrangian(Solver):
             by_gradients = getattr(second, "hessian", None) is None
         if by_gradients:
             check_size(n, n, dtype, "give second derivatives, which it replaces")
-        elif isinstance(self.linear, DenseKKT | SketchAndProject):
-            check_size(n + m, n + m, dtype, PRODUCTS)
         return SQPState(
             now=now,
             ref=Reference(now, inf, zero, inf),

@@ -133,17 +133,21 @@ class CBO(Population):
     def __check_init__(self):
         check_count(self, "particles")
         check_spread(self.spread)
-        check_options(self, positive="drift dt penalty tol")
-        check_options(self, positive="memory gradient constraint_drift")
-        check_options(self, at_least_0="feasible_within patience")
+        check_options(
+            self,
+            positive="drift dt penalty tol memory gradient constraint_drift",
+            at_least_0="feasible_within patience",
+        )
         if self.batch is not None and self.batch not in range(2, self.particles + 1):
             raise ValueError(f"batch is {self.batch!r}: give 2 to {self.particles} particles.")
         for leaf in jax.tree.leaves(self.ensemble):
             if is_concrete(leaf) and not np.isfinite(np.asarray(leaf)).all():
                 raise ValueError("ensemble has entries that are not finite: leave them out.")
         for name in ("memory", "gradient"):
-            if getattr(self, name) is not None and isinstance(self.noise, Covariance):
-                raise ValueError(f"{name} is a drift, and Covariance has none: leave it out.")
+            if getattr(self, name) is not None and not self.noise.drifts:
+                raise ValueError(
+                    f"{name} is a drift, and {type(self.noise).__name__} has none: leave it out."
+                )
         if self.mirror is not None and (
             self.retract is not None or isinstance(self.noise, Covariance)
         ):

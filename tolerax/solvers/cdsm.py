@@ -27,7 +27,7 @@ from tolerax.solvers._model_steps import (
 )
 from tolerax.solvers._population import batch_query, energies, flat
 from tolerax.status import Status
-from tolerax.validation import check_options, is_concrete
+from tolerax.validation import check_options
 
 STAR, SEARCH, POLL = range(3)
 # Where points have no value, what a poll without success leaves of its radius.
@@ -137,9 +137,7 @@ class CDSM(Solver):
 
     def __check_init__(self):
         check_fields(self, "batch", "memory")
-        check_options(self, positive="covering")
-        if is_concrete(self.feasible_within) and not self.feasible_within >= 0:
-            raise ValueError(f"feasible_within is {self.feasible_within}: it must not be negative.")
+        check_options(self, positive="covering", at_least_0="feasible_within")
 
     @property
     def honours_bounds(self) -> bool:

@@ -244,6 +244,9 @@ class Quantile(Consensus):
 class Noise(eqx.Module):
     """A random displacement whose size follows the distance u to the consensus."""
 
+    #: Whether particles drift as well; without, `drift`, `memory` and `gradient` do nothing.
+    drifts: ClassVar[bool] = True
+
     def init(self, x: Positions) -> Any:
         """What the noise remembers, for particles that start at x."""
         del x
@@ -400,6 +403,8 @@ class Covariance(Noise):
 
     - `rate`: the largest c, between 0 and 1. - `inflation`: the exponent; 0 for none.
     """
+
+    drifts = False
 
     rate: float = 0.4
     inflation: float = 0.5

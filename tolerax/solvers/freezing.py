@@ -114,8 +114,8 @@ class ConsensusFreezing(Population):
     def __check_init__(self):
         check_count(self, "particles")
         check_spread(self.spread)
-        check_options(self, positive="drift interval shrink tol")
-        check_options(self, at_least_0="sigma width patience")
+        positive = "drift interval shrink tol"
+        check_options(self, positive=positive, at_least_0="sigma width patience")
 
     @property
     def _particles(self) -> CBO:
