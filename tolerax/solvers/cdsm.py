@@ -15,6 +15,7 @@ from tolerax.inner.positive_bases import rotation
 from tolerax.solvers._branches import when
 from tolerax.solvers._common import Box, lost_in, select
 from tolerax.solvers._model_steps import (
+    Limits,
     Region,
     Sides,
     check_fields,
@@ -22,8 +23,10 @@ from tolerax.solvers._model_steps import (
     inserted,
     opened,
     planned,
+    rows_of,
     star,
     told,
+    unopened,
 )
 from tolerax.solvers._population import batch_query, energies, flat
 from tolerax.status import Status
@@ -35,10 +38,11 @@ SHRUNK = 0.85
 
 
 class Incumbent(eqx.Module):
-    """A point with its value and its violation of the constraints."""
+    """A point with its value, its constraints and their violation."""
 
     x: Float[Array, " n"]
     value: Float[Array, ""]
+    rows: Float[Array, " p"]
     violation: Float[Array, ""]
 
 
@@ -51,18 +55,15 @@ class CDSMState(eqx.Module):
     infeasible: Incumbent
     radius: Float[Array, ""]
     region: Region
-    penalty: Float[Array, ""]
-    unit: Float[Array, ""]
     seen: Float[Array, "capacity n"]
     count: Int[Array, ""]
     queue: Float[Array, "q n"]
-    merits: Float[Array, " q"]
-    slopes: Float[Array, " q"]
+    values: Float[Array, " q"]
+    rows: Float[Array, "q p"]
     length: Int[Array, ""]
     position: Int[Array, ""]
     purpose: Int[Array, ""]
     before: Float[Array, ""]
-    failures: Bool[Array, ""]
     missing: Bool[Array, ""]
     resolution: Float[Array, ""]
     failed_polls: Int[Array, ""]
@@ -92,7 +93,7 @@ class CDSM(Solver):
     proportion to its square, and is halved otherwise; where points of the poll had no value it
     shrinks by 0.7, so that it stays up while more than one poll in three succeeds. The run ends
     when a poll failed at the radius `tol`: `Status.converged_estimated`, or `Status.stalled` where
-    a point of it had no value or was infeasible, for then few directions say little.
+    a point of it had no value, for then few directions say little.
 
     What is proved of this kind of method (in the source) is asymptotic: as the poll radius falls to
     0 the points become dense around its limit, so that the limit is a local minimizer even of a
@@ -109,8 +110,9 @@ class CDSM(Solver):
     - `memory`: how many evaluated points the cover remembers.
     - `feasible_within`: the largest `violation` of a feasible point. Infeasible points never become
       the solution; polls go to the best feasible point and, by the progressive barrier, to the
-      infeasible one of lowest value among those of ever smaller violation. The model is one of
-      `value + penalty * violation`. For equality constraints that is slow.
+      infeasible one of lowest value among those of ever smaller violation. Searches model each
+      constraint, as [`ModelTrustRegion`][] does; a run whose last poll found a point that is lower
+      with its penalty, but infeasible, ends with `Status.stalled`.
     - `accuracy`: what is asked of problems whose values are not exact.
 
     The history has `poll_radius`, `covering_resolution` (the distance, in units of the covering
@@ -164,26 +166,22 @@ class CDSM(Solver):
         n = x0.size
         # A cover, a poll of the best point and one of the infeasible one.
         slots = 4 * n + 1 if start.constraint_bounds is not None else 2 * n + 1
-        infinite = jnp.full(slots, jnp.inf, x0.dtype)
-        zero, nobody = jnp.array(0), Incumbent(center, inf, inf)
-        end = jnp.asarray(self.tol, x0.dtype)
+        limits, zero = Limits.of(start), jnp.array(0)
+        nobody = Incumbent(center, inf, jnp.zeros_like(limits.lower), inf)
         return CDSMState(
             feasible=nobody,
             infeasible=nobody,
             radius=one,
-            region=opened(first, jnp.zeros(first.shape[0], x0.dtype), sides, one, end),
-            penalty=one,
-            unit=one,
+            region=unopened(first, sides, limits, jnp.asarray(self.tol, x0.dtype)),
             seen=jnp.zeros((self.memory, n), x0.dtype),
             count=zero,
             queue=jnp.pad(first, ((0, slots - first.shape[0]), (0, 0))),
-            merits=infinite,
-            slopes=infinite,
+            values=jnp.full(slots, inf),
+            rows=jnp.zeros((slots, limits.lower.size), x0.dtype),
             length=jnp.array(first.shape[0]),
             position=zero,
             purpose=jnp.array(STAR),
             before=inf,
-            failures=jnp.array(False),
             missing=jnp.array(False),
             resolution=inf,
             failed_polls=zero,
@@ -211,30 +209,29 @@ class CDSM(Solver):
 
     def tell(self, state: CDSMState, query: Query, evaluation: Evaluation) -> CDSMState:
         assert query.mask is not None
-        value = energies(query, evaluation, state.penalty.dtype)
+        value = energies(query, evaluation, state.radius.dtype)
         finite = jnp.isfinite(value)
-        violation = jnp.zeros_like(value)
-        if evaluation.violation is not None:
-            violation = jnp.where(finite, evaluation.violation.astype(value.dtype), jnp.inf)
-            violation = jnp.where(violation <= self.feasible_within, 0, violation)
+        rows = rows_of(evaluation, value)
+        violation = jnp.where(finite, state.region.limits.violation(rows), jnp.inf)
+        violation = jnp.where(violation <= self.feasible_within, 0, violation)
         slots, capacity = state.queue.shape[0], state.seen.shape[0]
         index = jnp.where(query.mask, self._index(state), slots)
         points = flat(query.x) / state.scale[None]
+        told = (points, value, rows, violation)
         place = jnp.where(
             query.mask, (state.count + jnp.cumsum(query.mask) - 1) % capacity, capacity
         )
-        told = jnp.sum(query.mask)
+        new = jnp.sum(query.mask)
         state = dataclasses.replace(
             state,
-            merits=state.merits.at[index].set(value, mode="drop"),
-            slopes=state.slopes.at[index].set(violation, mode="drop"),
+            values=state.values.at[index].set(value, mode="drop"),
+            rows=state.rows.at[index].set(rows, mode="drop"),
             seen=state.seen.at[place].set(points, mode="drop"),
-            count=state.count + told,
-            position=state.position + told,
-            failures=state.failures | jnp.any(query.mask & (~finite | (violation > 0))),
+            count=state.count + new,
+            position=state.position + new,
             missing=state.missing | jnp.any(query.mask & ~finite),
-            feasible=_best_feasible(state.feasible, points, value, violation),
-            infeasible=_next_infeasible(state.infeasible, points, value, violation),
+            feasible=_best_feasible(state.feasible, *told),
+            infeasible=_next_infeasible(state.infeasible, *told),
         )
         polling = state.purpose == POLL
         ended = (state.position >= state.length) | (polling & self._succeeded(state))
@@ -242,10 +239,10 @@ class CDSM(Solver):
 
     # -- what follows -----------------------------------------------------------------------------
 
-    def _merit(self, state: CDSMState, value: Array, violation: Array) -> Array:
-        """What the model is of: values, with a penalty where points are infeasible."""
-        extra = jnp.where(violation > 0, state.penalty * violation, 0)
-        return jnp.where(jnp.isfinite(value), value + extra, jnp.inf)
+    def _merits(self, state: CDSMState) -> Array:
+        """What the model ranks the points by that were asked for."""
+        merits = state.region.merit(state.values, state.rows)
+        return jnp.where(jnp.isfinite(state.values), merits, jnp.inf)
 
     def _center(self, state: CDSMState) -> Incumbent:
         """The best feasible point, or the least infeasible one as long as there is none."""
@@ -258,7 +255,7 @@ class CDSM(Solver):
 
     def _succeeded(self, state: CDSMState) -> Array:
         """Whether the poll gave a sufficient decrease, or a first feasible point."""
-        enough = 1e-4 * state.unit * jnp.minimum(state.radius, 1) ** 2
+        enough = 1e-4 * jnp.minimum(state.radius, 1) ** 2
         first = (state.feasible.value < jnp.inf) & jnp.isinf(state.before)
         return (self._standing(state) < state.before - enough) | first
 
@@ -270,7 +267,7 @@ class CDSM(Solver):
         floor = state.region.floor
         region = self._told(state)
         reopens = (state.purpose == POLL) & region.done & (state.radius > 2 * region.end)
-        reopens = reopens & self._moved(state)
+        reopens = reopens & self._lower(state)
         region = planned(region, state.sides)
         nothing = ~jnp.isfinite(self._center(state).value)
         falls = (region.floor < floor) & (state.purpose == SEARCH)
@@ -285,44 +282,39 @@ class CDSM(Solver):
         state = when(polls, self._poll, self._search, state)
         return when(reopens & ~over, self._reopen, lambda s: s, state)
 
-    def _moved(self, state: CDSMState) -> Array:
-        """Whether the center is no point of the model."""
-        merit = self._merit(state, self._center(state).value, self._center(state).violation)
-        return merit < state.region.values[state.region.best]
+    def _lower(self, state: CDSMState) -> Array:
+        """Whether a point that was asked for is lower than those of the model."""
+        return jnp.min(self._merits(state)) < state.region.merits[state.region.best]
 
     def _told(self, state: CDSMState) -> Region:
         """The region after what was evaluated, whatever for."""
         old = state.region
         k = old.points.shape[0]
-        merits = self._merit(state, state.merits, state.slopes)
-        center = self._center(state)
-        merit = self._merit(state, center.value, center.violation)
-
-        def from_poll(_: Any) -> Region:
-            new = inserted(old, center.x, merit, state.sides)
-            return select(self._moved(state), new, old)
 
         def from_star(_: Any) -> Region:
-            return opened(state.queue[:k], merits[:k], state.sides, old.radius, old.end)
+            return opened(old, state.queue[:k], state.values[:k], state.rows[:k], state.sides)
 
-        fresh = state.purpose == STAR
-        other = lambda _: when(  # noqa: E731
-            state.purpose == SEARCH, lambda _: told(old, merits[0]), from_poll, None
-        )
-        return when(fresh, from_star, other, None)
+        def from_search(_: Any) -> Region:
+            return told(old, state.values[0], state.rows[0])
+
+        def from_poll(_: Any) -> Region:
+            i = jnp.argmin(self._merits(state))
+            new = inserted(old, state.queue[i], state.values[i], state.rows[i], state.sides)
+            return select(self._lower(state), new, old)
+
+        other = lambda _: when(state.purpose == SEARCH, from_search, from_poll, None)  # noqa: E731
+        return when(state.purpose == STAR, from_star, other, None)
 
     def _asking(self, state: CDSMState, points: Array, count: Any, purpose: int) -> CDSMState:
         extra = state.queue.shape[0] - points.shape[0]
         return dataclasses.replace(
             state,
             queue=jnp.pad(points, ((0, extra), (0, 0))),
-            merits=jnp.full_like(state.merits, jnp.inf),
-            slopes=jnp.full_like(state.slopes, jnp.inf),
+            values=jnp.full_like(state.values, jnp.inf),
             length=jnp.asarray(count, state.length.dtype),
             position=jnp.zeros_like(state.position),
             purpose=jnp.asarray(purpose, state.purpose.dtype),
             before=self._standing(state),
-            failures=jnp.array(False),
             missing=jnp.array(False),
         )
 
@@ -332,7 +324,7 @@ class CDSM(Solver):
     def _reopen(self, state: CDSMState) -> CDSMState:
         """A new model around a point that a poll or the cover found."""
         radius = jnp.minimum(state.radius, 1)
-        points = star(self._center(state).x, radius, state.sides)
+        points = star(state.region.center, radius, state.sides)
         region = dataclasses.replace(state.region, radius=radius)
         state = dataclasses.replace(state, region=region)
         return self._asking(state, points, points.shape[0], STAR)
@@ -372,8 +364,8 @@ class CDSM(Solver):
 
     def _after_poll(self, state: CDSMState) -> CDSMState:
         success = self._succeeded(state)
-        # A model that has come further says that the poll may too, but not of constraints.
-        floor = jnp.where(state.failures, state.radius, state.region.floor)
+        # A model that has come further says that the poll may too, but not of points without value.
+        floor = jnp.where(state.missing, state.radius, state.region.floor)
         # At the edge of a region without values, which no model knows, a basis holds a direction of
         # descent by chance. With success doubling the radius and failure times s, it falls for
         # chances below log s / log(s / 2): 0.19 in place of 0.5 (Gratton, Royer, Vicente, Zhang,
@@ -383,7 +375,10 @@ class CDSM(Solver):
         last = ~success & (state.radius <= self.tol)
         radius = jnp.where(success, jnp.minimum(2 * state.radius, 1), smaller)
         known = state.feasible.value < jnp.inf
-        fine = Status.where(state.failures, Status.stalled, Status.converged_estimated)
+        # Infeasible points lie higher too, by the penalty, unless a kink of the constraints or a
+        # model that knows nothing of them hides a descent.
+        doubtful = state.missing | self._lower(state)
+        fine = Status.where(doubtful, Status.stalled, Status.converged_estimated)
         fine = Status.where(lost_in(state.feasible.x, state.radius), Status.accuracy_floor, fine)
         ended = Status.where(known, fine, Status.infeasible)
         return dataclasses.replace(
@@ -408,17 +403,24 @@ class CDSM(Solver):
         }
 
 
-def _best_feasible(now: Incumbent, points: Array, value: Array, violation: Array) -> Incumbent:
+def _best_feasible(
+    now: Incumbent, points: Array, value: Array, rows: Array, violation: Array
+) -> Incumbent:
     """The lowest of the feasible points."""
     value = jnp.where(violation > 0, jnp.inf, value)
     i = jnp.argmin(value)
-    return select(value[i] < now.value, Incumbent(points[i], value[i], violation[i]), now)
+    new = Incumbent(points[i], value[i], rows[i], violation[i])
+    return select(value[i] < now.value, new, now)
 
 
-def _next_infeasible(now: Incumbent, points: Array, value: Array, violation: Array) -> Incumbent:
+def _next_infeasible(
+    now: Incumbent, points: Array, value: Array, rows: Array, violation: Array
+) -> Incumbent:
     """Of the infeasible points that violate less the lowest, so that the barrier closes; the same
     violation counts with a lower value."""
-    less = (violation > 0) & (violation < now.violation)
+    lower = (violation == now.violation) & (value < now.value)
+    less = (violation > 0) & ((violation < now.violation) | lower)
     value = jnp.where(less & jnp.isfinite(violation), value, jnp.inf)
     i = jnp.argmin(value)
-    return select(value[i] < jnp.inf, Incumbent(points[i], value[i], violation[i]), now)
+    new = Incumbent(points[i], value[i], rows[i], violation[i])
+    return select(value[i] < jnp.inf, new, now)

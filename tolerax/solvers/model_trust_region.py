@@ -17,17 +17,21 @@ from tolerax.solvers._branches import chosen, when
 from tolerax.solvers._common import Box, lost_in
 from tolerax.solvers._exploration import Exploration
 from tolerax.solvers._model_steps import (
+    Limits,
     Region,
     Sides,
     check_fields,
     first_radius,
     opened,
     planned,
+    rows_of,
     star,
     told,
+    unopened,
 )
 from tolerax.solvers._population import batch_query, energies
 from tolerax.status import Status
+from tolerax.validation import check_options
 
 STAR, STEP, POLL, GENERATION = range(4)
 # Multiples of n + 1 points after which local and global search take turns.
@@ -37,13 +41,16 @@ LOCAL, GLOBAL = 10, 30
 class ModelState(eqx.Module):
     """The region, what is being asked of it, and what is known elsewhere.
 
-    `queue` holds the points asked for, `energies` their values, `count` how many there are and
-    `position` how many were told; `purpose` says what they are for.
+    `queue` holds the points asked for, `values` and `rows` what the objective and the constraints
+    are there, `count` how many there are and `position` how many were told; `purpose` says what
+    they are for. `best` is the lowest value of a feasible point, or of the least infeasible one,
+    with its `violation`.
     """
 
     region: Region
     queue: Float[Array, "q n"]
-    energies: Float[Array, " q"]
+    values: Float[Array, " q"]
+    rows: Float[Array, "q p"]
     members: Int[Array, " q"]
     count: Int[Array, ""]
     position: Int[Array, ""]
@@ -51,6 +58,8 @@ class ModelState(eqx.Module):
     elsewhere: Exploration | None
     best: Float[Array, ""]
     best_x: Float[Array, " n"]
+    violation: Float[Array, ""]
+    guard: Float[Array, ""]
     spent: Int[Array, ""]
     turn: Int[Array, ""]
     iteration: Int[Array, ""]
@@ -75,10 +84,14 @@ class ModelTrustRegion(Solver):
     far away are replaced, one at a time, by ones at which the model is least determined, before
     the radius shrinks for a model that was bad. Every point lies within the bounds.
 
+    Constraints, equalities too, have a model each. A step minimizes the model of the objective
+    where those of the constraints hold, or nearly, and is judged by the value plus a penalty times
+    the largest violation; the penalty exceeds the sum of the multipliers.
+
     The run ends when the radius has reached `tol` and a poll of 2n random orthogonal directions
-    around the best point, at the distance `sqrt(tol)`, found no lower value (with one, it goes on
-    from there): `Status.converged_estimated`, or `Status.stalled` where some point of that poll
-    failed, as at the edge of a region without values.
+    around the best point, at the distance `sqrt(tol)`, found no lower value, with its penalty (with
+    one, it goes on from there): `Status.converged_estimated`, or `Status.stalled` where some point
+    of that poll failed, as at the edge of a region without values, or `Status.infeasible`.
 
     - `radius`: the first radius, a number or a pytree like x, which is also the unit of each
       variable; by default a fifth of the distance of the bounds, and `max(1, |x0|) / 2` for
@@ -88,12 +101,15 @@ class ModelTrustRegion(Solver):
       ranks most of the sample, and take turns. Such a run ends with its budget.
     - `batch`: how many points may be asked for at once: those of the first model, of a poll, of a
       generation. It changes no iterate.
+    - `feasible_within`: the largest `violation` of a feasible point; what violates more is never
+      the solution if anything feasible was seen.
     - `accuracy`: what is asked of problems whose values are not exact.
 
     Points that fail count as being as high as the highest of the model.
 
     Source: Powell (NA2009/06, "The BOBYQA algorithm"; *Mathematical Programming* 100, 2004); Hansen
-    (GECCO 2019) for `explore`.
+    (GECCO 2019) for `explore`; for constraints Powell ("A direct search optimization method that
+    models the objective and constraint functions by linear interpolation", 1994), with quadratics.
 
     >>> import jax.numpy as jnp, tolerax
     >>> rosenbrock = lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
@@ -108,14 +124,24 @@ class ModelTrustRegion(Solver):
     tol: float = 1e-6
     explore: bool = eqx.field(static=True, default=False)
     batch: int = eqx.field(static=True, default=1)
+    feasible_within: float = 1e-6
     accuracy: Accuracy = eqx.field(default_factory=lambda: Accuracy(1e-6, 1e-6))
 
     def __check_init__(self):
         check_fields(self, "batch")
+        check_options(self, at_least_0="feasible_within")
 
     @property
     def honours_bounds(self) -> bool:
         return True
+
+    @property
+    def honours_constraints(self) -> bool:
+        return True
+
+    @property
+    def feasibility(self) -> Any:
+        return self.feasible_within
 
     # -- the start --------------------------------------------------------------------------------
 
@@ -130,20 +156,21 @@ class ModelTrustRegion(Solver):
         size = 2 * sample_size(x0.size)
         slots = max(first.shape[0], size if self.explore else 0)
         extra = slots - first.shape[0]
-        infinite = jnp.full(slots, jnp.inf, x0.dtype)
-        zero = jnp.array(0)
-        region = opened(first, jnp.zeros(first.shape[0], x0.dtype), sides, one, self._end(one))
+        limits, zero, inf = Limits.of(start), jnp.array(0), jnp.array(jnp.inf, x0.dtype)
         return ModelState(
-            region=region,
+            region=unopened(first, sides, limits, self._end(one)),
             queue=jnp.pad(first, ((0, extra), (0, 0))),
-            energies=infinite,
+            values=jnp.full(slots, inf),
+            rows=jnp.zeros((slots, limits.lower.size), x0.dtype),
             members=jnp.arange(slots),
             count=jnp.array(first.shape[0]),
             position=zero,
             purpose=jnp.array(STAR),
             elsewhere=exploration.empty(center, size) if self.explore else None,
-            best=jnp.array(jnp.inf, x0.dtype),
+            best=inf,
             best_x=center,
+            violation=inf,
+            guard=jnp.zeros_like(one),
             spent=zero,
             turn=zero,
             iteration=zero,
@@ -172,24 +199,35 @@ class ModelTrustRegion(Solver):
     def tell(self, state: ModelState, query: Query, evaluation: Evaluation) -> ModelState:
         assert query.mask is not None
         value = energies(query, evaluation, state.best.dtype)
+        rows = rows_of(evaluation, value)
         slots = state.queue.shape[0]
         index = state.position + jnp.arange(self.batch)
         points = state.queue[jnp.minimum(index, slots - 1)]
         index = jnp.where(query.mask, index, slots)
-        lowest = jnp.argmin(value)
-        lower = value[lowest] < state.best
-        elsewhere = state.elsewhere
+        violation = state.region.limits.violation(rows)
+        violation = jnp.where(violation <= self.feasible_within, 0, violation)
+        violation = jnp.where(jnp.isfinite(value), violation, jnp.inf)
+        # Feasible before infeasible, then by value.
+        lowest = jnp.argmin(jnp.where(violation == jnp.min(violation), value, jnp.inf))
+        nearer = violation[lowest] < state.violation
+        lower = nearer | ((violation[lowest] == state.violation) & (value[lowest] < state.best))
+        elsewhere, guard = state.elsewhere, state.guard
         if elsewhere is not None:
-            elsewhere = exploration.remembered(elsewhere, points, value, query.mask)
+            guard = self._guarded(state, value, violation)
+            merit = value + jnp.where(violation > 0, guard * violation, 0)
+            elsewhere = exploration.remembered(elsewhere, points, merit, query.mask)
         told = jnp.sum(query.mask)
         state = dataclasses.replace(
             state,
-            energies=state.energies.at[index].set(value, mode="drop"),
+            values=state.values.at[index].set(value, mode="drop"),
+            rows=state.rows.at[index].set(rows, mode="drop"),
             position=state.position + told,
             spent=state.spent + told,
             best=jnp.where(lower, value[lowest], state.best),
             best_x=jnp.where(lower, points[lowest], state.best_x),
+            violation=jnp.where(lower, violation[lowest], state.violation),
             elsewhere=elsewhere,
+            guard=guard,
         )
         return when(state.position >= state.count, self._next, _same, state)
 
@@ -211,7 +249,7 @@ class ModelTrustRegion(Solver):
         return dataclasses.replace(
             state,
             queue=jnp.pad(points, ((0, extra), (0, 0))),
-            energies=jnp.full_like(state.energies, jnp.inf),
+            values=jnp.full_like(state.values, jnp.inf),
             members=order,
             count=jnp.asarray(count, state.count.dtype),
             position=jnp.zeros_like(state.position),
@@ -226,8 +264,8 @@ class ModelTrustRegion(Solver):
         k = old.points.shape[0]
         region = when(
             state.purpose == STAR,
-            lambda s: opened(s.queue[:k], s.energies[:k], s.sides, old.radius, old.end),
-            lambda s: told(s.region, s.energies[0]),
+            lambda s: opened(old, s.queue[:k], s.values[:k], s.rows[:k], s.sides),
+            lambda s: told(old, s.values[0], s.rows[0]),
             state,
         )
         region = planned(region, state.sides)
@@ -247,37 +285,49 @@ class ModelTrustRegion(Solver):
         return self._asking(state, state.region.trial[None], 1, STEP)
 
     def _poll(self, state: ModelState) -> ModelState:
-        """Random orthogonal directions around the best point."""
+        """Random orthogonal directions around the best point of the model."""
         n = state.best_x.size
         key = jax.random.fold_in(state.key, state.iteration)
         directions = positive_basis(key, n, dtype=state.best_x.dtype)
-        points = state.best_x[None] + jnp.sqrt(state.region.end) * directions
+        points = state.region.center[None] + jnp.sqrt(state.region.end) * directions
         points = jnp.clip(points, state.sides.low[None], state.sides.high[None])
-        # The value to beat comes with it.
-        region = dataclasses.replace(state.region, promised=state.best)
-        state = dataclasses.replace(state, region=region)
         return self._asking(state, points, 2 * n, POLL)
 
     def _after_poll(self, state: ModelState) -> ModelState:
-        lower = state.best < state.region.promised
-        n = state.best_x.size
-        failed = jnp.any(~jnp.isfinite(state.energies[: 2 * n]))
-        ended = Status.where(failed, Status.stalled, Status.converged_estimated)
-        blurred = lost_in(state.best_x, jnp.sqrt(state.region.end))
+        region, radius = state.region, jnp.sqrt(state.region.end)
+        asked = 2 * state.best_x.size
+        values, rows = state.values[:asked], state.rows[:asked]
+        known = jnp.isfinite(values)
+        merits = jnp.where(known, region.merit(values, rows), jnp.inf)
+        lowest = jnp.argmin(merits)
+        lower = merits[lowest] < region.merits[region.best]
+        ended = Status.where(jnp.all(known), Status.converged_estimated, Status.stalled)
+        blurred = lost_in(region.center, radius)
         ended = Status.where(blurred, Status.accuracy_floor, ended)
-        again = self._open_star(state, jnp.sqrt(state.region.end))
+        ended = Status.where(state.violation > 0, Status.infeasible, ended)
+        again = self._open_star(state, state.queue[lowest], radius)
         over = dataclasses.replace(state, done=jnp.array(True), status=ended)
         return when(lower, lambda _: again, lambda _: over, None)
 
-    def _open_star(self, state: ModelState, radius: Array) -> ModelState:
-        """A new region around the best point."""
+    def _open_star(self, state: ModelState, center: Array, radius: Array) -> ModelState:
+        """A new region around a point."""
         region = dataclasses.replace(state.region, radius=radius)
-        points = star(state.best_x, radius, state.sides)
+        points = star(center, radius, state.sides)
         # The value at the center is known, but asking again keeps one way in.
         state = dataclasses.replace(state, region=region)
         return self._asking(state, points, points.shape[0], STAR)
 
     # -- global search ----------------------------------------------------------------------------
+
+    def _guarded(self, state: ModelState, values: Array, violation: Array) -> Array:
+        """The penalty of the search elsewhere: no infeasible point of it may be lower than the best
+        feasible one."""
+        guard = jnp.maximum(state.guard, state.region.penalty)
+        feasible = (state.violation == 0) & (state.purpose == GENERATION)
+        outside = feasible & (violation > 0) & jnp.isfinite(violation)
+        ratio = (state.best - values) / jnp.where(outside, violation, 1)
+        needed = jnp.max(jnp.where(outside, ratio, 0), initial=0)
+        return jnp.where(guard < needed, 2 * needed, guard)
 
     def _look_elsewhere(self, state: ModelState) -> ModelState:
         state = dataclasses.replace(state, turn=state.spent)
@@ -301,9 +351,10 @@ class ModelTrustRegion(Solver):
         this = state.elsewhere
         assert this is not None
         size = this.known.size
-        this, enough = exploration.answered(
-            this, state.members[:size], state.energies[:size], state.count
-        )
+        violation = state.region.limits.violation(state.rows[:size])
+        violation = jnp.where(violation <= self.feasible_within, 0, violation)
+        merits = state.values[:size] + jnp.where(violation > 0, state.guard * violation, 0)
+        this, enough = exploration.answered(this, state.members[:size], merits, state.count)
         state = dataclasses.replace(state, elsewhere=this)
         return when(enough, self._after_evolution, lambda s: self._want(s, s.elsewhere), state)
 
@@ -315,7 +366,8 @@ class ModelTrustRegion(Solver):
         spread = this.evolution.spread
         key = jax.random.fold_in(state.key, state.iteration + 1_000_000_000)
         this = exploration.restarted(this, key, state.best_x, state.sides, collapsed)
-        better = state.best < state.region.values[state.region.best]
+        violation = jnp.where(state.violation > 0, state.region.penalty * state.violation, 0)
+        better = state.best + violation < state.region.merits[state.region.best]
         time = collapsed | (state.spent - state.turn >= GLOBAL * (n + 1))
         resumes = ~better & ~state.region.done
         local = time & (better | resumes)
@@ -326,7 +378,7 @@ class ModelTrustRegion(Solver):
         reopened = jnp.clip(spread, jnp.sqrt(state.region.end), 1.0)
         return chosen(
             case,
-            [self._generation, self._step, lambda s: self._open_star(s, reopened)],
+            [self._generation, self._step, lambda s: self._open_star(s, s.best_x, reopened)],
             state,
         )
 
