@@ -46,15 +46,11 @@ def constrained_step(
     """
     n, dtype = low.size, low.dtype
     tiny = jnp.finfo(dtype).tiny
-    reach = (
-        lambda q: (
-            jnp.linalg.norm(q.g, axis=-1)
-            + 0.5
-            * jnp.linalg.norm(  # noqa: E731
-                q.H.reshape(*q.g.shape[:-1], -1), axis=-1
-            )
-        )
-    )
+
+    def reach(q: Quadratic) -> Array:
+        curved = jnp.linalg.norm(q.H.reshape(*q.g.shape[:-1], -1), axis=-1)
+        return jnp.linalg.norm(q.g, axis=-1) + 0.5 * curved
+
     unit = reach(objective)
     unit = jnp.where(unit > tiny, unit, 1)
     size = reach(constraints)

@@ -104,6 +104,13 @@ def energies(query: Query, evaluation: Evaluation, dtype: Any) -> Float[Array, "
     return jnp.where(ok, value, jnp.inf)
 
 
+def largest_error(query: Query, evaluation: Evaluation, least: Array) -> Float[Array, ""]:
+    """The largest error of the values that were asked for, at least `least`."""
+    error = evaluation.value_error.astype(least.dtype)
+    asked = jnp.isfinite(error) if query.mask is None else jnp.isfinite(error) & query.mask
+    return jnp.maximum(least, jnp.max(jnp.where(asked, error, 0)))
+
+
 def scale_like(spread: PyTree, x: PyTree, name: str = "spread") -> Float[Array, " d"]:
     """A spread, given as a number or as a pytree like x, for every coordinate of the flat x."""
     if jax.tree.structure(spread) != jax.tree.structure(x):

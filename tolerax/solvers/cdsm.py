@@ -7,13 +7,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.covering import farthest_points
 from tolerax.inner.positive_bases import rotation
 from tolerax.solvers._branches import when
 from tolerax.solvers._common import Box, lost_in, select
+from tolerax.solvers._kinks import Bend, first_size
 from tolerax.solvers._model_steps import (
     Limits,
     Region,
@@ -28,12 +29,12 @@ from tolerax.solvers._model_steps import (
     told,
     unopened,
 )
-from tolerax.solvers._population import batch_query, energies, flat
+from tolerax.solvers._population import batch_query, energies, flat, largest_error
 from tolerax.status import Status
 from tolerax.validation import check_options
 
 STAR, SEARCH, POLL = range(3)
-# Where points have no value, what a poll without success leaves of its radius.
+# What a poll without success leaves of its radius where points have no value or lie across a kink.
 SHRUNK = 0.85
 
 
@@ -64,6 +65,11 @@ class CDSMState(eqx.Module):
     position: Int[Array, ""]
     purpose: Int[Array, ""]
     before: Float[Array, ""]
+    origin: Incumbent
+    blur: Float[Array, ""]
+    size: Float[Array, " k"]
+    bend: Bend
+    kinked: Bool[Array, ""]
     missing: Bool[Array, ""]
     resolution: Float[Array, ""]
     failed_polls: Int[Array, ""]
@@ -90,10 +96,11 @@ class CDSM(Solver):
     `center +- covering` that is farthest from everything evaluated, and 2n points on a random
     orthogonal basis and its negative, at the distance of the poll radius (on the axes, where a
     bound is that near). The poll radius doubles when that gave a sufficient decrease, in
-    proportion to its square, and is halved otherwise; where points of the poll had no value it
-    shrinks by 0.7, so that it stays up while more than one poll in three succeeds. The run ends
-    when a poll failed at the radius `tol`: `Status.converged_estimated`, or `Status.stalled` where
-    a point of it had no value, for then few directions say little.
+    proportion to its square, and is halved otherwise, or falls to that of the model. Where points
+    of the poll had no value, or second differences over two polls are those of a kink, it shrinks
+    by 0.85, so that it stays up while more than one poll in five succeeds. The run ends when a poll
+    failed at the radius `tol`: `Status.converged_estimated`, or `Status.stalled` where a point of
+    it had no value or there is a kink, for then few directions say little.
 
     What is proved of this kind of method (in the source) is asymptotic: as the poll radius falls to
     0 the points become dense around its limit, so that the limit is a local minimizer even of a
@@ -182,6 +189,11 @@ class CDSM(Solver):
             position=zero,
             purpose=jnp.array(STAR),
             before=inf,
+            origin=nobody,
+            blur=jnp.zeros_like(one),
+            size=jnp.zeros(1 + limits.lower.size, x0.dtype),
+            bend=Bend.unknown(jnp.append(inf, nobody.rows)),
+            kinked=jnp.array(False),
             missing=jnp.array(False),
             resolution=inf,
             failed_polls=zero,
@@ -229,6 +241,8 @@ class CDSM(Solver):
             seen=state.seen.at[place].set(points, mode="drop"),
             count=state.count + new,
             position=state.position + new,
+            blur=largest_error(query, evaluation, state.blur),
+            size=first_size(value, rows, state.size, state.count == 0),
             missing=state.missing | jnp.any(query.mask & ~finite),
             feasible=_best_feasible(state.feasible, *told),
             infeasible=_next_infeasible(state.infeasible, *told),
@@ -255,9 +269,8 @@ class CDSM(Solver):
 
     def _succeeded(self, state: CDSMState) -> Array:
         """Whether the poll gave a sufficient decrease, or a first feasible point."""
-        enough = 1e-4 * jnp.minimum(state.radius, 1) ** 2
         first = (state.feasible.value < jnp.inf) & jnp.isinf(state.before)
-        return (self._standing(state) < state.before - enough) | first
+        return (self._standing(state) < state.before - _enough(state)) | first
 
     def _next(self, state: CDSMState) -> CDSMState:
         """Search as long as the model helps at its resolution; else cover and poll."""
@@ -282,9 +295,9 @@ class CDSM(Solver):
         state = when(polls, self._poll, self._search, state)
         return when(reopens & ~over, self._reopen, lambda s: s, state)
 
-    def _lower(self, state: CDSMState) -> Array:
+    def _lower(self, state: CDSMState, by: ArrayLike = 0) -> Array:
         """Whether a point that was asked for is lower than those of the model."""
-        return jnp.min(self._merits(state)) < state.region.merits[state.region.best]
+        return jnp.min(self._merits(state)) < state.region.merits[state.region.best] - by
 
     def _told(self, state: CDSMState) -> Region:
         """The region after what was evaluated, whatever for."""
@@ -315,6 +328,8 @@ class CDSM(Solver):
             position=jnp.zeros_like(state.position),
             purpose=jnp.asarray(purpose, state.purpose.dtype),
             before=self._standing(state),
+            origin=self._center(state),
+            blur=jnp.zeros_like(state.blur),
             missing=jnp.array(False),
         )
 
@@ -362,22 +377,41 @@ class CDSM(Solver):
         points = x[None] + state.radius * jnp.concatenate([q, -q])
         return jnp.clip(points, low[None], high[None])
 
+    def _judged(self, state: CDSMState) -> CDSMState:
+        """Whether second differences over this poll and one at least twice as long tell a kink."""
+        n, origin = state.queue.shape[1], state.origin
+        poll = slice(1, 2 * n + 1)
+        table = jnp.concatenate([state.values[:, None], state.rows], axis=1)[poll]
+        middle = jnp.append(origin.value, origin.rows)
+        about = (state.radius, state.size, state.blur)
+        new = Bend.of(origin.x, middle, state.queue[poll], table, *about)
+        apart = new.length <= 0.5 * state.bend.length
+        first = ~jnp.isfinite(state.bend.length) | (new.length > state.bend.length)
+        return dataclasses.replace(
+            state,
+            kinked=jnp.where(apart & ~first, new.kinked(state.bend), state.kinked),
+            bend=select((apart | first) & jnp.isfinite(new.length), new, state.bend),
+        )
+
     def _after_poll(self, state: CDSMState) -> CDSMState:
         success = self._succeeded(state)
-        # A model that has come further says that the poll may too, but not of points without value.
-        floor = jnp.where(state.missing, state.radius, state.region.floor)
+        state = select(success, state, self._judged(state))
+        slow = state.missing | state.kinked
+        # A model that has come further says that the poll may too, but not of points without value
+        # or of kinks.
+        floor = jnp.where(slow, state.radius, state.region.floor)
         # At the edge of a region without values, which no model knows, a basis holds a direction of
         # descent by chance. With success doubling the radius and failure times s, it falls for
         # chances below log s / log(s / 2): 0.19 in place of 0.5 (Gratton, Royer, Vicente, Zhang,
         # SIAM J. Optim. 25, 2015).
-        shrunk = jnp.where(state.missing, SHRUNK, 0.5) * state.radius
-        smaller = jnp.minimum(shrunk, jnp.maximum(floor, self.tol))
+        shrunk = jnp.where(slow, SHRUNK, 0.5) * state.radius
+        smaller = jnp.maximum(jnp.minimum(shrunk, floor), self.tol)
         last = ~success & (state.radius <= self.tol)
         radius = jnp.where(success, jnp.minimum(2 * state.radius, 1), smaller)
         known = state.feasible.value < jnp.inf
         # Infeasible points lie higher too, by the penalty, unless a kink of the constraints or a
         # model that knows nothing of them hides a descent.
-        doubtful = state.missing | self._lower(state)
+        doubtful = slow | self._lower(state, by=_enough(state))
         fine = Status.where(doubtful, Status.stalled, Status.converged_estimated)
         fine = Status.where(lost_in(state.feasible.x, state.radius), Status.accuracy_floor, fine)
         ended = Status.where(known, fine, Status.infeasible)
@@ -401,6 +435,11 @@ class CDSM(Solver):
             "covering_resolution": state.resolution,
             "failed_polls": state.failed_polls,
         }
+
+
+def _enough(state: CDSMState) -> Array:
+    """The sufficient decrease."""
+    return 1e-4 * jnp.minimum(state.radius, 1) ** 2
 
 
 def _best_feasible(

@@ -16,6 +16,7 @@ from tolerax.solvers import _exploration as exploration
 from tolerax.solvers._branches import chosen, when
 from tolerax.solvers._common import Box, lost_in
 from tolerax.solvers._exploration import Exploration
+from tolerax.solvers._kinks import Bend, first_size
 from tolerax.solvers._model_steps import (
     Limits,
     Region,
@@ -29,13 +30,15 @@ from tolerax.solvers._model_steps import (
     told,
     unopened,
 )
-from tolerax.solvers._population import batch_query, energies
+from tolerax.solvers._population import batch_query, energies, largest_error
 from tolerax.status import Status
 from tolerax.validation import check_options
 
 STAR, STEP, POLL, GENERATION = range(4)
 # Multiples of n + 1 points after which local and global search take turns.
 LOCAL, GLOBAL = 10, 30
+# The second length of a poll, in units of the first.
+NEARER = 0.1
 
 
 class ModelState(eqx.Module):
@@ -58,6 +61,8 @@ class ModelState(eqx.Module):
     elsewhere: Exploration | None
     best: Float[Array, ""]
     best_x: Float[Array, " n"]
+    blur: Float[Array, ""]
+    size: Float[Array, " k"]
     violation: Float[Array, ""]
     guard: Float[Array, ""]
     spent: Int[Array, ""]
@@ -89,9 +94,11 @@ class ModelTrustRegion(Solver):
     the largest violation; the penalty exceeds the sum of the multipliers.
 
     The run ends when the radius has reached `tol` and a poll of 2n random orthogonal directions
-    around the best point, at the distance `sqrt(tol)`, found no lower value, with its penalty (with
-    one, it goes on from there): `Status.converged_estimated`, or `Status.stalled` where some point
-    of that poll failed, as at the edge of a region without values, or `Status.infeasible`.
+    around the best point, at the distances `sqrt(tol)` and a tenth of it, found no lower value,
+    with its penalty (with one, it goes on from there): `Status.converged_estimated`, or
+    `Status.infeasible`, or `Status.stalled` where some point of that poll failed, as at the edge of
+    a region without values, or where second differences over the two distances are those of a kink:
+    there few directions descend, and that none was lower says little.
 
     - `radius`: the first radius, a number or a pytree like x, which is also the unit of each
       variable; by default a fifth of the distance of the bounds, and `max(1, |x0|) / 2` for
@@ -154,7 +161,7 @@ class ModelTrustRegion(Solver):
         one = jnp.ones((), x0.dtype)
         first = star(center, one, sides)
         size = 2 * sample_size(x0.size)
-        slots = max(first.shape[0], size if self.explore else 0)
+        slots = max(first.shape[0], size if self.explore else 4 * x0.size)
         extra = slots - first.shape[0]
         limits, zero, inf = Limits.of(start), jnp.array(0), jnp.array(jnp.inf, x0.dtype)
         return ModelState(
@@ -169,6 +176,8 @@ class ModelTrustRegion(Solver):
             elsewhere=exploration.empty(center, size) if self.explore else None,
             best=inf,
             best_x=center,
+            blur=jnp.zeros_like(one),
+            size=jnp.zeros(1 + limits.lower.size, x0.dtype),
             violation=inf,
             guard=jnp.zeros_like(one),
             spent=zero,
@@ -225,6 +234,8 @@ class ModelTrustRegion(Solver):
             spent=state.spent + told,
             best=jnp.where(lower, value[lowest], state.best),
             best_x=jnp.where(lower, points[lowest], state.best_x),
+            blur=largest_error(query, evaluation, state.blur),
+            size=first_size(value, rows, state.size, state.spent == 0),
             violation=jnp.where(lower, violation[lowest], state.violation),
             elsewhere=elsewhere,
             guard=guard,
@@ -253,6 +264,7 @@ class ModelTrustRegion(Solver):
             members=order,
             count=jnp.asarray(count, state.count.dtype),
             position=jnp.zeros_like(state.position),
+            blur=jnp.zeros_like(state.blur),
             purpose=jnp.asarray(purpose, state.purpose.dtype),
         )
 
@@ -285,27 +297,35 @@ class ModelTrustRegion(Solver):
         return self._asking(state, state.region.trial[None], 1, STEP)
 
     def _poll(self, state: ModelState) -> ModelState:
-        """Random orthogonal directions around the best point of the model."""
+        """Random orthogonal directions around the best point of the model, at two lengths."""
         n = state.best_x.size
         key = jax.random.fold_in(state.key, state.iteration)
-        directions = positive_basis(key, n, dtype=state.best_x.dtype)
-        points = state.region.center[None] + jnp.sqrt(state.region.end) * directions
-        points = jnp.clip(points, state.sides.low[None], state.sides.high[None])
-        return self._asking(state, points, 2 * n, POLL)
+        directions = jnp.sqrt(state.region.end) * positive_basis(key, n, dtype=state.best_x.dtype)
+        steps = jnp.concatenate([directions, NEARER * directions])
+        points = jnp.clip(
+            state.region.center[None] + steps, state.sides.low[None], state.sides.high[None]
+        )
+        return self._asking(state, points, 4 * n, POLL)
 
     def _after_poll(self, state: ModelState) -> ModelState:
-        region, radius = state.region, jnp.sqrt(state.region.end)
-        asked = 2 * state.best_x.size
-        values, rows = state.values[:asked], state.rows[:asked]
+        region, radius, n = state.region, jnp.sqrt(state.region.end), state.best_x.size
+        points, values, rows = state.queue[: 4 * n], state.values[: 4 * n], state.rows[: 4 * n]
         known = jnp.isfinite(values)
         merits = jnp.where(known, region.merit(values, rows), jnp.inf)
         lowest = jnp.argmin(merits)
         lower = merits[lowest] < region.merits[region.best]
-        ended = Status.where(jnp.all(known), Status.converged_estimated, Status.stalled)
-        blurred = lost_in(region.center, radius)
+        middle = jnp.append(region.values[region.best], region.rows[region.best])
+        table = jnp.concatenate([values[:, None], rows], axis=1)
+        far, near = (
+            Bend.of(region.center, middle, points[of], table[of], length, state.size, state.blur)
+            for of, length in ((slice(2 * n), radius), (slice(2 * n, 4 * n), NEARER * radius))
+        )
+        doubtful = ~jnp.all(known) | near.kinked(far)
+        ended = Status.where(doubtful, Status.stalled, Status.converged_estimated)
+        blurred = lost_in(region.center, NEARER * radius)
         ended = Status.where(blurred, Status.accuracy_floor, ended)
         ended = Status.where(state.violation > 0, Status.infeasible, ended)
-        again = self._open_star(state, state.queue[lowest], radius)
+        again = self._open_star(state, points[lowest], radius)
         over = dataclasses.replace(state, done=jnp.array(True), status=ended)
         return when(lower, lambda _: again, lambda _: over, None)
 
