@@ -81,8 +81,7 @@ def test_constraints_are_met_where_attacks_and_models_end():
     solver = DirectionalAttack(restarts=0)
     solution = tolerax.solve(problem, solver, jnp.array([-2.0, 2.0]), max_steps=600)
     assert float(solution.violation) <= 1e-6
-    # The models are of a kinked sum, which is no success to claim.
-    assert solution.status == Status.stalled
+    assert solution.status == Status.converged_estimated
     # Steps along tangents converge as Newton's do; along the arc values are flat, so that 1e-12 in
     # them is 1e-6 in x.
     np.testing.assert_allclose(solution.x, np.array([2.0, 1.0]) / np.sqrt(5), atol=1e-4)
