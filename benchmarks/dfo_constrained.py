@@ -1,9 +1,9 @@
 """Constrained problems by values alone, beside COBYQA.
 
-The problems are those of Hock and Schittkowski (*Test Examples for Nonlinear Programming Codes*, 1981)
-in sif2jax with constraints and at most 7 variables. Solved is a problem where, within 100 (n + 1)
-points, a point was returned that violates no constraint by more than 1e-6 and whose value is within
-1e-4 (relative, absolute below 1) of the lower of both solvers' values at such points.
+The problems are those of Hock and Schittkowski (*Test Examples for Nonlinear Programming Codes*,
+1981) in sif2jax with constraints and at most 7 variables. Solved is a problem where, within
+100 (n + 1) points, a point was returned that violates no constraint by more than 1e-6 and whose
+value is within 1e-4 (relative, absolute below 1) of the lower of both solvers' at such points.
 """
 
 import statistics
