@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from tests.plain_code import ask_for_plain_code
+from tests.signatures import check_signatures
 
 # The links at the top level show the same files again.
 collect_ignore = ["solvers", "problems"]
@@ -25,9 +26,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("tolerax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tolerax")
 
-# Import the package whole before pytest imports its modules one by one for their doctests,
-# which would otherwise make a second copy of those that the package itself imports.
-import tolerax  # noqa: E402, F401
+check_signatures("tolerax")
+
+
+def pytest_collectstart() -> None:
+    """Import the package whole before pytest imports its modules one by one for their doctests,
+    which would otherwise make a second copy of those that the package itself imports.
+
+    Not before: the process that hands out the tests to workers needs no package.
+    """
+    import tolerax  # noqa: F401
 
 
 @pytest.fixture(autouse=True, scope="module")
