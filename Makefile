@@ -7,9 +7,10 @@ PYTEST_ARGS ?= -n logical --maxprocesses 8 --dist loadfile
 BIN    := $(VENV)/bin
 # The workers share the cores already: threads of OpenBLAS only wait for each other.
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
-# Docs, examples and tests run much of the same code: what one has compiled the others read.
+# Docs, examples and tests run much of the same code: what one has compiled the others read. Small
+# programs too: to read one takes less than half as long as to compile it, to write one hardly any.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 SMALL  := MPLBACKEND=Agg TOLERAX_EXAMPLE_SIZE=small
 
 .DEFAULT_GOAL := help
