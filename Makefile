@@ -60,7 +60,8 @@ clean:           ## remove what the targets above made, and the environment
 # The environment. A stamp says that an extra of pyproject.toml is installed.
 $(VENV)/with-%: pyproject.toml $(VENV)/made
 	@echo "Installing tolerax[$*] into $(VENV)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@# Python compiles what is imported; to have pip compile all that is installed takes longer.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$*]'
 	@touch $@ $(if $(filter dev,$*),$(VENV)/with-examples)
 
 $(VENV)/made:
