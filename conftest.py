@@ -5,7 +5,6 @@ This file lies at the top so that `pytest tolerax/driver.py` (doctests) sees it 
 
 import gc
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import jax
@@ -50,10 +49,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled() -> Iterator[None]:
-    """Compiled programs go, at the end of a module, when they are many: each holds memory maps, of
-    which a process may have 65,530 on Linux, and XLA dies of the last one. Until then other modules
-    find what they share."""
+    """Compiled programs go when their module is done: each holds memory maps, of which a process
+    may have 65,530 on Linux, and XLA dies of the last one. And no test finds what others compiled,
+    so that counts of compilations do not depend on their order."""
     yield
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_text().count("\n") > 4_000:
-        jax.clear_caches()
+    jax.clear_caches()
