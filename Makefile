@@ -7,9 +7,10 @@ PYTEST_ARGS ?= -n logical --maxprocesses 8 --dist loadfile
 BIN    := $(VENV)/bin
 # The workers share the cores already: threads of OpenBLAS only wait for each other.
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
-# Docs, examples and tests run much of the same code: what one has compiled the others read.
+# Docs, examples and tests run much of the same code: what one has compiled the others read. Small
+# programs too: to read one takes less than half as long as to compile it, to write one hardly any.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 SMALL  := MPLBACKEND=Agg TOLERAX_EXAMPLE_SIZE=small
 
 .DEFAULT_GOAL := help
@@ -59,7 +60,8 @@ clean:           ## remove what the targets above made, and the environment
 # The environment. A stamp says that an extra of pyproject.toml is installed.
 $(VENV)/with-%: pyproject.toml $(VENV)/made
 	@echo "Installing tolerax[$*] into $(VENV)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@# Python compiles what is imported; to have pip compile all that is installed takes longer.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$*]'
 	@touch $@ $(if $(filter dev,$*),$(VENV)/with-examples)
 
 $(VENV)/made:

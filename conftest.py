@@ -3,6 +3,7 @@
 This file lies at the top so that `pytest tolerax/driver.py` (doctests) sees it too.
 """
 
+import gc
 from collections.abc import Iterator
 
 import hypothesis
@@ -10,6 +11,7 @@ import jax
 import pytest
 
 from tests.plain_code import ask_for_plain_code
+from tests.signatures import check_signatures
 
 # The links at the top level show the same files again.
 collect_ignore = ["solvers", "problems"]
@@ -25,14 +27,30 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("tolerax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tolerax")
 
-# Import the package whole before pytest imports its modules one by one for their doctests,
-# which would otherwise make a second copy of those that the package itself imports.
-import tolerax  # noqa: E402, F401
+check_signatures("tolerax")
+
+
+def pytest_collectstart() -> None:
+    """Import the package whole before pytest imports its modules one by one for their doctests,
+    which would otherwise make a second copy of those that the package itself imports.
+
+    Not before: the process that hands out the tests to workers needs no package.
+    """
+    import tolerax  # noqa: F401
+
+
+def pytest_collection_finish() -> None:
+    """Python need not look for garbage among all that is imported, and not after every 700 objects:
+    tracing makes millions."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled() -> Iterator[None]:
     """Compiled programs go when their module is done: each holds memory maps, of which a process
-    may have 65,530 on Linux, and XLA dies of the last one."""
+    may have 65,530 on Linux, and XLA dies of the last one. And no test finds what others compiled,
+    so that counts of compilations do not depend on their order."""
     yield
     jax.clear_caches()

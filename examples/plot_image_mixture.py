@@ -28,7 +28,7 @@ SMALL = os.environ.get("TOLERAX_EXAMPLE_SIZE") == "small"
 # A small convolutional network is trained on the digits of scikit-learn, but for 500 of them. Of
 # those the mixture is made.
 
-known = image_mixture(40 if SMALL else 100, seed=1, steps=100 if SMALL else 600)
+known = image_mixture(40 if SMALL else 100, seed=1, steps=20 if SMALL else 600)
 print(known.description)
 
 # %%

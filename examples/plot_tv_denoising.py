@@ -63,7 +63,7 @@ print(f"\nlearned: weight {weight:.4f}, smoothing {smoothing:.5f}")
 # Does it help on pictures that it has not seen? Another seed draws other crops and other noise, and
 # the parameters do not depend on the size of the pictures.
 
-test = tv_denoising(seed=8, size=144)
+test = tv_denoising(seed=8, size=64 if small else 144)
 
 
 def denoise(data, x):

@@ -5,7 +5,12 @@ import os
 import subprocess
 import sys
 
-PLAIN_CODE = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": "false"}
+PLAIN_CODE = {
+    "xla_backend_optimization_level": "0",
+    "xla_cpu_use_fusion_emitters": "false",
+    # A program in one piece: to split it for several threads, and to link it, takes longer.
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
 
 
 def ask_for_plain_code() -> None:

@@ -27,6 +27,8 @@ RUNNER = """
 import contextlib, io, json, sys, warnings
 page, blocks = json.load(sys.stdin)
 warnings.simplefilter("error")
+# As for the tests, see pyproject.toml: several pages may compile the same at the same time.
+warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 namespace, printed = {"__name__": "__main__"}, []
 for line, source in blocks:
     out = io.StringIO()

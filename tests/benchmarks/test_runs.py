@@ -11,28 +11,32 @@ from benchmarks.timing import compilations, import_seconds
 from tolerax.problems.library import quadratic
 
 READY = quadratic(1, n=60, d=4)
-ANSWERS = record(READY.problem, tolerax.InexactLineSearch(), READY.x0, 10_000)
 
 
-def test_costs_are_lower_gradients_plus_products_and_grow():
+@pytest.fixture(scope="module")
+def answers():
+    return record(READY.problem, tolerax.InexactLineSearch(), READY.x0, 10_000)
+
+
+def test_costs_are_lower_gradients_plus_products_and_grow(answers):
     assert cost_of(tolerax.Work(points=5, lower_gradients=2, hessian_products=3)) == 5
-    costs = [told.cost for told in ANSWERS]
+    costs = [told.cost for told in answers]
     assert costs == sorted(costs)
     assert costs[0] > 0
     stopped = record(READY.problem, tolerax.InexactLineSearch(), READY.x0, costs[1])
     assert [told.cost for told in stopped] == costs[:2]
 
 
-def test_loss_is_the_true_upper_loss():
+def test_loss_is_the_true_upper_loss(answers):
     loss = Loss(READY.problem)
-    for told in ANSWERS:
+    for told in answers:
         # Lower-level gradients are solved to 1e-9 of the one at y = 0, and J is linear in y.
         assert loss(told.x) == pytest.approx(float(READY.value(told.x)), rel=1e-6)
-    assert len(loss.known) == len({told.x.tobytes() for told in ANSWERS})
+    assert len(loss.known) == len({told.x.tobytes() for told in answers})
 
 
-def test_certificates_hold_and_lies_are_seen():
-    answers = ANSWERS + probes(READY.problem, READY.x0, 0)[:3]
+def test_certificates_hold_and_lies_are_seen(answers):
+    answers = answers + probes(READY.problem, READY.x0, 0)[:3]
     assert not any(one.violated for one in check(answers, READY.problem))
     shifted = [
         told._replace(value=told.value + 2 * told.value_error + 1e-6 * abs(told.value))

@@ -44,13 +44,17 @@ def check(d, x, truth, evaluation):
     assert np.sqrt(p @ H @ p) <= evaluation.achieved.adjoint + rounding * (1 + np.linalg.norm(q))
 
 
+def problem_of(name):
+    return exact(name).problem.problem
+
+
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=6)
 @given(seed=SEEDS)
 def test_intervals_hold_cold_and_warm_at_every_accuracy(name, seed):
     rng = np.random.default_rng(seed)
     d = exact(name)
-    problem, carry = MAKE_PROBLEM[name], None
+    problem, carry = problem_of(name), None
     for _ in range(2):
         # The second point starts warm from the first; each is looked at ever more closely.
         x = some_x(name, rng)
@@ -65,9 +69,6 @@ def test_intervals_hold_cold_and_warm_at_every_accuracy(name, seed):
             carry = answer.carry
 
 
-MAKE_PROBLEM = {name: exact(name).problem.problem for name in NAMES}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_errors_are_linear_in_the_tolerances_and_those_of_values_quadratic(name):
     rng = np.random.default_rng(3)
@@ -75,7 +76,7 @@ def test_errors_are_linear_in_the_tolerances_and_those_of_values_quadratic(name)
     x = d.x_of(jnp.asarray(some_x(name, rng)))
     sizes, states, values = [], [], []
     for tolerance in (1e-4, 1e-5, 1e-6, 1e-7):
-        answer = ask(MAKE_PROBLEM[name], x, tolerance, tolerance)
+        answer = ask(problem_of(name), x, tolerance, tolerance)
         t, sigma = float(answer.achieved.state), float(answer.achieved.adjoint)
         sizes.append(float(answer.gradient_error_parts.adjoint) / sigma)
         states.append(float(answer.gradient_error_parts.state) / t)
@@ -118,7 +119,7 @@ LOOSENESS = {
 
 @pytest.mark.parametrize(("name", "proved"), LOOSENESS)
 def test_how_loose_the_bounds_are(name, proved):
-    problem = MAKE_PROBLEM[name] if proved else MAKE[name](upper_smoothness=None).problem
+    problem = problem_of(name) if proved else MAKE[name](upper_smoothness=None).problem
     rng = np.random.default_rng(5)
     d = exact(name)
     ratios = []
@@ -330,7 +331,7 @@ def test_true_constants_are_never_contradicted(name):
     for _ in range(3):
         x, carry = d.x_of(jnp.asarray(some_x(name, rng))), None
         for accuracy in (1e-3, 1e-9, 1e-12, 1e-20):
-            answer = ask(MAKE_PROBLEM[name], x, accuracy, accuracy, carry)
+            answer = ask(problem_of(name), x, accuracy, accuracy, carry)
             assert outcome(answer.status) in ("ok", "floor")
             carry = answer.carry
     assert outcome(answer.status) == "floor"
@@ -343,8 +344,8 @@ def test_the_diagonal_bound_is_used_entry_by_entry():
     scalar = small_penalties(strong_convexity=lambda x: jnp.exp(jnp.min(x))).problem
     truth = d.at(x)
     tree = d.x_of(jnp.asarray(x))
-    for problem in (scalar, MAKE_PROBLEM["penalties"]):
+    for problem in (scalar, problem_of("penalties")):
         check(d, x, truth, ask(problem, tree, 1e-2, 1e-2))
-    units = [int(ask(p, tree, 1e-4, 1e-4).work.units) for p in (MAKE_PROBLEM["penalties"], scalar)]
+    units = [int(ask(p, tree, 1e-4, 1e-4).work.units) for p in (problem_of("penalties"), scalar)]
     assert units[0] < units[1]
     assert constant(d.problem.constants["strong_convexity"], tree).shape == (5, 3)

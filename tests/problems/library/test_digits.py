@@ -1,5 +1,6 @@
 """Splits, label flips, scores and the softmax lemmas of the problems on digits."""
 
+import functools
 import itertools
 
 import jax
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from tolerax.problems.library import digits_penalties, hyper_cleaning
 from tolerax.problems.library.digits import Samples, digits_split
 
-CLEANING = hyper_cleaning(seed=2, flipped=0.4)
+
+@functools.cache
+def cleaning():
+    return hyper_cleaning(seed=2, flipped=0.4)
 
 
 def rows(samples: Samples) -> list[bytes]:
@@ -61,13 +65,13 @@ def test_the_upper_smoothness_of_the_penalties_is_proved_only_on_request():
 def test_flips_change_the_labels_that_they_say():
     clean = digits_split(seed=2).train
     right = jnp.argmax(clean.targets, axis=1)
-    given_labels = jnp.argmax(CLEANING.data.train.targets, axis=1)
-    np.testing.assert_array_equal(CLEANING.data.train.features, clean.features)
-    np.testing.assert_array_equal(right != given_labels, CLEANING.flipped)
-    assert int(CLEANING.flipped.sum()) == round(0.4 * 963)
+    given_labels = jnp.argmax(cleaning().data.train.targets, axis=1)
+    np.testing.assert_array_equal(cleaning().data.train.features, clean.features)
+    np.testing.assert_array_equal(right != given_labels, cleaning().flipped)
+    assert int(cleaning().flipped.sum()) == round(0.4 * 963)
     for part in ("validation", "test"):
         np.testing.assert_array_equal(
-            getattr(CLEANING.data, part).targets, getattr(digits_split(seed=2), part).targets
+            getattr(cleaning().data, part).targets, getattr(digits_split(seed=2), part).targets
         )
 
 
@@ -77,8 +81,8 @@ def test_flip_f1_against_scikit_learn(seed, threshold):
     from sklearn.metrics import f1_score
 
     x = np.random.default_rng(seed).normal(size=963) - threshold
-    expected = f1_score(CLEANING.flipped, x < 0)
-    np.testing.assert_allclose(CLEANING.flip_f1(jnp.asarray(x)), expected, rtol=1e-12)
+    expected = f1_score(cleaning().flipped, x < 0)
+    np.testing.assert_allclose(cleaning().flip_f1(jnp.asarray(x)), expected, rtol=1e-12)
 
 
 def test_no_flips_is_a_score_and_not_a_division_by_zero():
