@@ -78,10 +78,12 @@ def test_constraints_are_met_where_attacks_and_models_end():
         constraints=lambda z, x: z[0] - 1.0,
         trust=(-3.0, 3.0),
     )
-    solver = DirectionalAttack(restarts=0)
-    solution = tolerax.solve(problem, solver, jnp.array([-2.0, 2.0]), max_steps=600)
+    # 1e-9 of violation buys as much in the value, and 3e-5 in x along the arc.
+    solver, start = DirectionalAttack(feasible_within=1e-9), jnp.array([-2.0, 2.0])
+    solution = tolerax.solve(problem, solver, start, max_steps=600, max_work={"points": 2000})
     assert float(solution.violation) <= 1e-6
-    assert solution.status == Status.converged_estimated
+    # Nothing but its budget ends a run whose ends nothing agrees on.
+    assert solution.status == Status.budget_spent
     # Steps along tangents converge as Newton's do; along the arc values are flat, so that 1e-12 in
     # them is 1e-6 in x.
     np.testing.assert_allclose(solution.x, np.array([2.0, 1.0]) / np.sqrt(5), atol=1e-4)
@@ -98,8 +100,8 @@ class Below(eqx.Module):
 
 def test_a_plateau_without_feasible_points_is_left():
     """The objective pulls away from where points are feasible, and the violation is flat; without
-    any such place the turns come to an end though the penalty grows with every gradient."""
-    solver = DirectionalAttack(then=(tolerax.ModelTrustRegion(),), restarts=2)
+    any such place searches agree on that, though the penalty grows with every gradient."""
+    solver = DirectionalAttack(then=(tolerax.ModelTrustRegion(),))
 
     away = lambda x: -jnp.sum(x)  # noqa: E731
 
@@ -143,9 +145,59 @@ def test_an_estimate_is_the_gradient_where_there_are_enough_directions(samples):
 
 
 def test_the_solvers_of_turns_have_the_radius_of_the_attack():
-    given = (jnp.zeros(1), jnp.zeros(1))
-    solvers: Any = DirectionalAttack(radius=0.25)._others(given)
+    solvers: Any = DirectionalAttack(radius=0.25)._others()
     assert [solver.radius for solver in solvers] == [0.25, 0.25]
+
+
+class Hard(eqx.Module):
+    """Four functions in one, for one compilation: many minima; plateaus; a region without values
+    across the way; and one that is convex. The lowest value is 0."""
+
+    kind: jax.Array
+
+    def __call__(self, x):
+        bumps = jnp.sum(x**2 + 10 * (1 - jnp.cos(2 * jnp.pi * x))) / 10
+        plateaus = 0.1 * jnp.sum(jnp.floor(0.5 + 4 * jnp.abs(x - 0.3)))
+        smooth = jnp.sum((x - 0.3) ** 2) + (x[0] - 0.3) ** 4
+        failing = jnp.where(jnp.abs(jnp.sum(x) - 2) < 0.5, jnp.nan, smooth)
+        return jnp.stack([bumps, plateaus, failing, smooth])[self.kind]
+
+
+def ended(solver, kind, key, points):
+    return tolerax.solve(
+        Objective(Hard(jnp.array(kind)), bounds=(jnp.full(2, -4.0), jnp.full(2, 4.0))),
+        solver,
+        jnp.array([2.9, -3.1]),
+        key=jax.random.key(key),
+        max_steps=2000,
+        max_work={"points": points},
+    )
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_no_pure_method_ends_lower(kind):
+    """In the median of five keys, with the same budget."""
+    middle = lambda solver: np.median(  # noqa: E731
+        [float(ended(solver, kind, key, 1500).value) for key in range(5)]
+    )
+    ours = middle(DirectionalAttack())
+    pure = (ALONE, tolerax.CDSM(), tolerax.ModelTrustRegion(explore=True, batch=16))
+    assert ours <= min(middle(solver) for solver in pure) + 1e-6
+
+
+def test_where_searches_end_at_different_heights_the_budget_is_spent():
+    solution = ended(DirectionalAttack(), 0, 0, 1500)
+    assert solution.status == Status.budget
+    assert int(solution.work.points) == 1500
+    # No attack and no solver was left out.
+    assert float(jnp.min(solution.state.solver_state.turns.left)) < jnp.inf
+
+
+def test_within_bounds_a_minimum_is_believed_after_six_more_attacks():
+    solution = ended(DirectionalAttack(), 3, 0, 4000)
+    assert solution.status == Status.converged_estimated
+    assert int(solution.state.solver_state.turns.alike) == 6
+    np.testing.assert_allclose(solution.x, [0.3, 0.3], atol=1e-5)
 
 
 def test_bad_options_are_named():
@@ -154,7 +206,7 @@ def test_bad_options_are_named():
         ({"samples": -1}, "samples is -1"),
         ({"samples": True}, "samples is True: give an integer of at least 0"),
         ({"memory": 0}, "memory is 0"),
-        ({"restarts": -1}, "restarts is -1"),
+        ({"burst": 0.0}, "burst is 0.0"),
     ]:
         with pytest.raises(ValueError, match=match):
             DirectionalAttack(**options)

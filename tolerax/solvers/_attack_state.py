@@ -17,9 +17,59 @@ FACTORS = (4.0, 1.0, 0.25, 0.0625)  # of the length that was best before
 RUNGS = KINDS * len(FACTORS)
 
 
+class Best(eqx.Module):
+    """The best point of all: the lowest feasible one, or the one that violates least. A violation
+    within the tolerance is 0."""
+
+    x: Float[Array, " n"]
+    value: Float[Array, ""]
+    violation: Float[Array, ""]
+
+    @property
+    def feasible(self) -> Bool[Array, ""]:
+        """Whether the constraints hold there."""
+        return self.violation == 0
+
+    @property
+    def height(self) -> Float[Array, ""]:
+        """What a better point lowers: the value, or the violation while nothing is feasible."""
+        return jnp.where(self.feasible, self.value, self.violation)
+
+
+class Turns(eqx.Module):
+    """Whose turn it is (the attack is number 0), and what each has spent and found.
+
+    - `spent`: points. `wins`: turns that found something notably better.
+    - `left`: how high the best point was when its last turn ended. `over`: whether it has ended.
+    - `own`: the lowest that it has seen itself since it began. `slow`: whether its last turn left
+      it more than half as far above the best point as before.
+    - `here`: points of this turn. `at`, `own_at`: how high the best point and its own were when the
+      turn began. `ends`: whether the turn is over.
+    - `first`: the value of the first feasible point. `verdict`: what the last one to end said.
+    - `alike`: attacks from random points that ended as high as the best point; `various`: whether
+      others did not.
+    """
+
+    number: Int[Array, ""]
+    spent: Float[Array, " all"]
+    wins: Float[Array, " all"]
+    left: Float[Array, " all"]
+    own: Float[Array, " all"]
+    slow: Bool[Array, " all"]
+    over: Bool[Array, " all"]
+    here: Int[Array, ""]
+    at: Float[Array, ""]
+    own_at: Float[Array, ""]
+    first: Float[Array, ""]
+    verdict: Any
+    alike: Int[Array, ""]
+    various: Bool[Array, ""]
+    ends: Bool[Array, ""]
+
+
 class AttackState(eqx.Module):
-    """The point that is attacked and what is known there, the ladder, and the states of the other
-    solvers. Points are in the units of `unit`."""
+    """The point that is attacked and what is known there, the best point, and the turns and the
+    states of the other solvers. Points are in the units of `unit`."""
 
     x: Float[Array, " n"]
     energy: Float[Array, ""]
@@ -32,20 +82,14 @@ class AttackState(eqx.Module):
     momentum: Float[Array, " n"]
     pairs: Pairs
     lengths: Float[Array, " kinds"]
-    rungs: Float[Array, "rungs n"]
     mode: Int[Array, ""]
-    began: Float[Array, ""]
+    next: Int[Array, ""]  # the mode in which the attack goes on
     since: Float[Array, ""]
     gains: Float[Array, " recent"]
+    random: Bool[Array, ""]  # whether the attack began at a random point
+    best: Best
+    turns: Turns
     others: tuple[State, ...]
-    begins: Bool[Array, ""]
-    turn: Int[Array, ""]
-    spent: Int[Array, ""]
-    burst: Int[Array, ""]
-    over: Bool[Array, " others"]
-    feasible: Bool[Array, ""]
-    restarted: Int[Array, ""]
-    at_turn: Float[Array, ""]
     penalty: Float[Array, ""]
     iteration: Int[Array, ""]
     attacks: Int[Array, ""]
@@ -56,12 +100,12 @@ class AttackState(eqx.Module):
     done: Bool[Array, ""]
     status: Any
 
+    @property
+    def sides(self) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        """The bounds, in the same units as the points."""
+        return self.box.lower / self.unit, self.box.upper / self.unit
+
     def blocked(self, g: Float[Array, " n"]) -> Bool[Array, " n"]:
         """Where x is at a bound and the gradient pushes against it."""
-        low, high = self.box.lower / self.unit, self.box.upper / self.unit
+        low, high = self.sides
         return ((self.x <= low) & (g > 0)) | ((self.x >= high) & (g < 0))
-
-    def filled(self, rungs: Float[Array, "some n"]) -> Float[Array, "rungs n"]:
-        """As many rows as any attack asks for."""
-        more = self.rungs.shape[0] - rungs.shape[0]
-        return jnp.pad(rungs, ((0, more), (0, 0)), mode="edge")

@@ -19,7 +19,9 @@ from tolerax.solvers._attack_state import (
     LADDER,
     OTHER,
     RUNGS,
+    SCATTER,
     AttackState,
+    Best,
 )
 from tolerax.solvers._attack_steps import (
     KEPT,
@@ -33,7 +35,7 @@ from tolerax.solvers._attack_steps import (
     weighted,
     with_earlier,
 )
-from tolerax.solvers._attack_turns import Turns, notable
+from tolerax.solvers._attack_turns import Schedule, notable
 from tolerax.solvers._branches import when
 from tolerax.solvers._common import Box, select
 from tolerax.solvers._population import flat
@@ -55,25 +57,35 @@ class DirectionalAttack(Solver):
     constraints, the directions are those of the Lagrangian, within the tangents of the tightest
     constraints here and at the last points, and each rung also steps back to these tangents.
 
-    Where attacks stall (the last three together lower the value by less than `gain` of what they
-    have lowered it by so far, or of the value; or the gradient is zero, as in the flat parts of a
-    network) the solvers of `then` take turns, from the best point on. As soon as one has lowered
-    the value by as much, or all of them by anything at all, attacks begin again there. Turns that
-    find little grow twice as long, so that most of a long run is theirs. Where they end without
-    success, or as long as no point was feasible, the run begins anew from one of 16 random points
-    within the bounds: the lowest of those that violate least.
+    Attacks and the solvers of `then` take turns of `burst (n + 1)` points, the first one three
+    times as long. The next turn is that of the one that has spent least for what it finds: points,
+    over `(1 + wins)^2`, where a win is a turn that has lowered the best value by a share `gain` of
+    what it was lowered by so far, or of the value. (The last of `then` may spend as much as all
+    others together.) So what finds little keeps a share of the budget, and what leads has most of
+    it, whatever the budget. In its next turn a solver goes on from its own state. It begins anew at
+    the best point where it has ended, or is behind without having come half as near. Attacks end
+    where they stall (the last three together are no win; or the gradient is zero, as in the flat
+    parts of a network). Then they begin anew at the best point, if that is another one, or else at
+    a random one: the lowest of those of 16 that violate least.
 
-    All of this is heuristic: since the solvers of `then` begin anew after each success, a run
-    inherits none of their guarantees.
+    What was found long ago counts less, by a twentieth with each turn. Once a solver of `then` has
+    ended at the best point, attacks from random points follow, until one ends elsewhere.
 
-    - `then`: a tuple of solvers that ask for values at batches of points; by default a
-      [`ModelTrustRegion`][] with this `tol` and `radius`, and [`CDSM`][] too where there are
-      constraints, along whose edges models of a penalty jam. With an empty one a run ends where
-      attacks stall.
+    A run goes on until its budget is spent, unless its end is agreed upon: a solver of `then` has
+    ended at the best point, no other one has spent less of late, and six attacks from random points
+    have ended there as well and none elsewhere. (Of seven searches that all end in one minimum, the
+    share of starts that lead to another one is expected to be 1/21.) Without finite bounds no point
+    is random enough; there the end of the first must have been a success.
+
+    All of this is heuristic: since the solvers of `then` may begin anew, a run inherits none of
+    their guarantees.
+
+    - `then`: a tuple of solvers that ask for values at batches of points; by default [`CDSM`][] and
+      a [`ModelTrustRegion`][] that explores, with this `tol` and `radius`. With an empty one a run
+      ends where attacks stall.
     - `radius`: the unit of each variable, and the first length: a number or a pytree like x; by
       default a fifth of the distance of the bounds, and `max(1, |x0|) / 2` for variables without.
-    - `gain`: see above. - `burst`: points of the first turn, in multiples of n + 1.
-    - `restarts`: how often a run begins anew, at most.
+    - `gain`, `burst`: see above.
     - `samples`: for problems that give no derivatives: estimate the gradient by central differences
       along so many random directions instead, at the length that succeeded last: orthogonal ones,
       as long as there are no more than variables; with more, a new basis for each as many.
@@ -84,7 +96,8 @@ class DirectionalAttack(Solver):
 
     Source: the signs are those of the attack of Goodfellow, Shlens, Szegedy (ICLR 2015); a hybrid
     of it and direct search is due to Bouchet, Vidal (arXiv 2510.01461). Ladder, quasi-Newton
-    direction, tangents and turns are our own.
+    direction, tangents and turns are our own. For the share: Boender, Rinnooy Kan (*Mathematical
+    Programming* 37, 1987).
 
     >>> import jax.numpy as jnp, tolerax
     >>> network = lambda x: jnp.tanh(x - jnp.array([0.3, -0.4]))
@@ -98,8 +111,7 @@ class DirectionalAttack(Solver):
     radius: PyTree = None
     tol: float = 1e-6
     gain: float = 1e-2
-    burst: float = 10.0
-    restarts: int = 20
+    burst: float = 3.0
     samples: int = eqx.field(static=True, default=0)
     memory: int = eqx.field(static=True, default=10)
     penalty: float = 1.0
@@ -108,28 +120,26 @@ class DirectionalAttack(Solver):
 
     def __check_init__(self):
         check_options(self, positive="gain burst penalty feasible_within tol")
-        for name, least in (("samples", 0), ("restarts", 0), ("memory", 1)):
+        for name, least in (("samples", 0), ("memory", 1)):
             check_integer(name, getattr(self, name), least)
 
-    def _others(self, limits: tuple[PyTree, PyTree] | None) -> tuple[Solver, ...]:
+    def _others(self) -> tuple[Solver, ...]:
         if self.then is not None:
             return self.then
         # Their fields are set afterwards, since they may be traced.
-        models = eqx.tree_at(
-            lambda s: s.tol, ModelTrustRegion(radius=self.radius, batch=16), self.tol
-        )
-        if limits is None:
-            return (models,)
         fields = (self.tol, self.feasible_within)
         cover = CDSM(radius=self.radius)
-        return models, eqx.tree_at(lambda s: (s.tol, s.feasible_within), cover, fields)
+        models = ModelTrustRegion(radius=self.radius, explore=True, batch=16)
+        return (
+            eqx.tree_at(lambda s: (s.tol, s.feasible_within), cover, fields),
+            eqx.tree_at(lambda s: (s.tol, s.feasible_within), models, fields),
+        )
 
-    def _turns(self, limits: tuple[PyTree, PyTree] | None) -> Turns:
-        return Turns(
-            self._others(limits),
+    def _schedule(self) -> Schedule:
+        return Schedule(
+            self._others(),
             self.gain,
             self.burst,
-            self.restarts,
             self.penalty,
             self.feasible_within,
             self.memory,
@@ -155,10 +165,9 @@ class DirectionalAttack(Solver):
         box = Box.of(start)
         unit = first_radius(self.radius, start, box)
         inf, count = jnp.array(jnp.inf, dtype), jnp.array(0)
-        turns = self._turns(start.constraint_bounds)
-        keys = jax.random.split(start.key, len(turns.then) + 1)
+        schedule = self._schedule()
         u = x0 / unit
-        state = AttackState(
+        return AttackState(
             x=u,
             energy=inf,
             violation=inf,
@@ -170,42 +179,32 @@ class DirectionalAttack(Solver):
             momentum=jnp.zeros_like(u),
             pairs=no_pairs(self.memory, u),
             lengths=jnp.ones(KINDS, dtype),
-            rungs=jnp.broadcast_to(u, (self._rungs(), n)),
             mode=jnp.array(GRADIENT),
-            began=inf,
+            next=jnp.array(GRADIENT),
             since=inf,
             gains=jnp.full(3, jnp.inf, dtype),
-            others=turns.opened(start, keys[1:]),
-            begins=jnp.array(False),
-            turn=count,
-            spent=count,
-            burst=turns.first_burst(u),
-            over=jnp.zeros(len(turns.then), bool),
-            feasible=jnp.array(False),
-            restarted=count,
-            at_turn=inf,
+            random=jnp.array(False),
+            best=Best(u, inf, inf),
+            turns=schedule.first(u),
+            others=schedule.unopened(start),
             penalty=jnp.asarray(self.penalty, dtype),
             iteration=count,
             attacks=count,
             unit=unit,
             box=box,
             limits=start.constraint_bounds,
-            key=keys[0],
+            key=start.key,
             done=jnp.array(False),
             status=Status.running,
         )
-        return self._look(state, jnp.array(True))
-
-    def _rungs(self) -> int:
-        return max(RUNGS, 2 * self.samples)
 
     # -- ask --------------------------------------------------------------------------------------
 
     def ask(self, state: AttackState) -> Query:
         x = state.box.clip(state.unit * state.x)
-        asked = [self._attack(state), *self._turns(state.limits).asked(state)]
+        asked = [self._attack(state), *self._schedule().asked(state)]
         width = max(mask.shape[0] for _, mask in asked)
-        which = jnp.where(state.mode == OTHER, 1 + state.turn, 0)
+        which = jnp.where(state.mode == OTHER, state.turns.number, 0)
         padded = [_padded(points, mask, width) for points, mask in asked]
         points, mask = jax.tree.map(lambda *rows: jnp.stack(rows)[which], *padded)
         points = jnp.concatenate([x[None], points])
@@ -220,12 +219,27 @@ class DirectionalAttack(Solver):
         )
 
     def _attack(self, state: AttackState) -> tuple[Array, Array]:
-        """The rungs of the ladder, or the samples for a gradient."""
-        points = jnp.clip(
-            state.unit[None] * state.rungs, state.box.lower[None], state.box.upper[None]
+        """The rungs of the ladder, random points to begin from, or the samples for a gradient."""
+        rungs = jnp.where(
+            state.mode == SCATTER, self._schedule().scattered(state), self._ladder(state)
         )
         count = jnp.where(state.mode == GRADIENT, 2 * self.samples, RUNGS)
-        return points, jnp.arange(self._rungs()) < count
+        if self.samples:
+            key = jax.random.fold_in(state.key, state.iteration)
+            basis = orthogonal_rows(key, self.samples, state.x)
+            steps = 0.1 * jnp.clip(state.lengths[1], 1e-6, 1.0) * basis
+            around = jnp.concatenate([state.x[None] + steps, state.x[None] - steps])
+            size = max(RUNGS, 2 * self.samples)
+            fill = lambda rows: jnp.pad(rows, ((0, size - len(rows)), (0, 0)), mode="edge")  # noqa: E731
+            rungs = jnp.where(state.mode == GRADIENT, fill(around), fill(rungs))
+        low, high = state.box.lower[None], state.box.upper[None]
+        return jnp.clip(state.unit[None] * rungs, low, high), jnp.arange(len(rungs)) < count
+
+    def _ladder(self, state: AttackState) -> Array:
+        factors = jnp.asarray(FACTORS, state.x.dtype)
+        steps = factors[:, None, None] * (state.lengths[:, None] * state.kinds)[None]
+        back = jnp.minimum(4 * factors, 1)[:, None, None] * state.back * state.normal[None, None]
+        return state.x[None] + (back - steps).reshape(-1, state.x.size)
 
     # -- tell -------------------------------------------------------------------------------------
 
@@ -237,32 +251,25 @@ class DirectionalAttack(Solver):
         violation = jnp.zeros_like(value)
         if evaluation.violation is not None:
             violation = jnp.where(ok, evaluation.violation.astype(dtype), 0)
-        energy = jnp.where(ok, value + state.penalty * violation, jnp.inf)
+        value = jnp.where(ok, value, jnp.inf)
+        energy = value + state.penalty * violation
         points = flat(query.x) / state.unit[None]
-        state = dataclasses.replace(
-            state,
-            iteration=state.iteration + 1,
-            feasible=state.feasible | jnp.any(ok & (violation <= self.feasible_within)),
-        )
+        schedule = self._schedule()
+        state = schedule.credited(state, points, value, violation, jnp.sum(query.mask))
         told = (points, energy, violation)
-        turns, new = self._turns(state.limits), jnp.array(True)
-
-        def other(i: int) -> AttackState:
-            after, again = turns.told(i, state, query, evaluation, points, energy)
-            return select(again, self._look(after, new), after)
-
         branches = [
             lambda: self._tell_gradient(state, evaluation, *told),
             lambda: self._tell_ladder(state, points, energy),
-            lambda: self._look(turns.elsewhere(state, *told), new),
+            lambda: schedule.elsewhere(state, *told),
         ]
-        branches += [lambda i=i: other(i) for i in range(len(turns.then))]
-        which = jnp.where(state.mode == OTHER, OTHER + state.turn, state.mode)
+        for i in range(len(schedule.then)):
+            branches.append(lambda i=i: schedule.told(i, state, query, evaluation, energy))
+        which = jnp.where(state.mode == OTHER, LADDER + 1 + state.turns.number, state.mode)
         state = jax.lax.switch(which, branches)
-        if not turns.then:
-            return state
+        if not schedule.then:
+            return when(state.turns.over[0], schedule.ended, _same, state)
         # In one place for all branches: the code of other solvers is long to compile.
-        return when(state.begins, turns.begun, lambda state: state, state)
+        return when(state.turns.ends, schedule.following, _same, state)
 
     def _tell_gradient(
         self,
@@ -275,7 +282,8 @@ class DirectionalAttack(Solver):
         """Directions, and a ladder along them; or the turn of the others."""
         if self.samples:
             here = jnp.where(jnp.isfinite(state.energy), state.energy, energy[0])
-            g = estimated(state.rungs[: 2 * self.samples], energy[1:])
+            count = 2 * self.samples
+            g = estimated(points[1 : 1 + count], energy[1 : 1 + count])
         else:
             here = energy[0]
             g, _ = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], evaluation.gradient))
@@ -310,10 +318,13 @@ class DirectionalAttack(Solver):
         usable = jnp.isfinite(here) & good
         now = here + more * violation[0]
         arrived = (violation[0] <= self.feasible_within) & (state.violation > self.feasible_within)
-        since = lambda old: jnp.where(  # noqa: E731
-            jnp.isfinite(old) & ~arrived, old + more * violation[0], now
-        )
-        state = dataclasses.replace(
+        # In the new penalty, or every gain would look large beside what was gained before; and what
+        # was gained on the way to a feasible point says nothing of gains beyond.
+        old = jnp.isfinite(state.since) & ~arrived
+        since = jnp.where(old, state.since + more * violation[0], now)
+        turns = state.turns
+        turns = dataclasses.replace(turns, ends=~usable, over=turns.over.at[0].set(~usable))
+        return dataclasses.replace(
             state,
             energy=now,
             violation=violation[0],
@@ -322,21 +333,10 @@ class DirectionalAttack(Solver):
             kinds=found.along,
             before=(state.x, found.total),
             momentum=jnp.where(usable, 0.9 * state.momentum + found.slope, state.momentum),
-            # In the new penalty, or every gain would look large beside what was gained before; and
-            # what was gained on the way to a feasible point says nothing of gains beyond.
-            began=since(state.began),
-            since=since(state.since),
+            since=since,
             mode=jnp.array(LADDER),
+            turns=turns,
         )
-        state = dataclasses.replace(state, rungs=self._ladder(state))
-        return select(usable, state, self._turns(state.limits).taken(state))
-
-    def _ladder(self, state: AttackState) -> Array:
-        factors = jnp.asarray(FACTORS, state.x.dtype)
-        steps = factors[:, None, None] * (state.lengths[:, None] * state.kinds)[None]
-        back = jnp.minimum(4 * factors, 1)[:, None, None] * state.back * state.normal[None, None]
-        rungs = state.x[None] + (back - steps).reshape(-1, state.x.size)
-        return state.filled(rungs)
 
     def _tell_ladder(self, state: AttackState, points: Array, energy: Array) -> AttackState:
         """The lowest rung, if it is lower; where that is not enough, the turn of the others."""
@@ -356,38 +356,37 @@ class DirectionalAttack(Solver):
         gain = jnp.where(lower, state.energy - energy[best], 0)
         gains = jnp.roll(state.gains, 1).at[0].set(gain)
         now = jnp.where(lower, energy[best], state.energy)
-        enough = jnp.sum(gains) > notable(self.gain, state, state.since, now)
+        enough = jnp.sum(gains) > self._least(state, now)
         hopeless = jnp.max(lengths) <= 16 * SMALLEST
-        state = dataclasses.replace(
+        # Tangents at earlier points may have been in the way.
+        crowded = ~lower & jnp.any(state.held.signs[KEPT:] != 0)
+        over = ~crowded & (~enough | hopeless)
+        onward = jnp.where(lower | crowded, GRADIENT, LADDER)
+        turns, long = state.turns, self._schedule().long(state)
+        turns = dataclasses.replace(turns, ends=over | long, over=turns.over.at[0].set(over))
+        # Where whole steps succeed there was no kink in the way.
+        straight = lower & (best % KINDS == KINDS - 1) & (best < 2 * KINDS)
+        return dataclasses.replace(
             state,
             x=jnp.where(lower, points[best], state.x),
             energy=now,
-            # Where whole steps succeed there was no kink in the way.
-            held=state.held.forgets(lower & (best % KINDS == KINDS - 1) & (best < 2 * KINDS)),
+            held=state.held.forgets(straight | crowded),
             lengths=lengths,
             back=back,
             gains=gains,
             attacks=state.attacks + lower,
+            mode=onward,
+            next=onward,
+            turns=turns,
         )
-        onward = self._look(state, lower)
-        # Tangents at earlier points may have been in the way.
-        crowded = ~lower & jnp.any(state.held.signs[KEPT:] != 0)
-        bare = dataclasses.replace(state, held=state.held.forgets(crowded))
-        onward = select(crowded, self._look(bare, crowded), onward)
-        others = self._turns(state.limits).taken(state)
-        return select(crowded | (enough & ~hopeless), onward, others)
 
-    def _look(self, state: AttackState, moved: Array) -> AttackState:
-        """The next question of an attack: the gradient where x is new, else a shorter ladder."""
-        key = jax.random.fold_in(state.key, state.iteration)
-        ahead = dataclasses.replace(state, mode=jnp.array(GRADIENT))
-        if self.samples:
-            basis = orthogonal_rows(key, self.samples, state.x)
-            steps = 0.1 * jnp.clip(state.lengths[1], 1e-6, 1.0) * basis
-            rungs = jnp.concatenate([state.x[None] + steps, state.x[None] - steps])
-            ahead = dataclasses.replace(ahead, rungs=state.filled(rungs))
-        again = dataclasses.replace(state, mode=jnp.array(LADDER), rungs=self._ladder(state))
-        return select(moved, ahead, again)
+    def _least(self, state: AttackState, now: Array) -> Array:
+        """The gain of three attacks for which another is made: a notable one, or, from a random
+        point, as little as it takes to tell its end from the best point."""
+        schedule = self._schedule()
+        large = notable(self.gain, state.best.feasible, state.since, now)
+        close = state.random & (now - state.best.value <= large)
+        return jnp.where(close, jnp.minimum(schedule.near(state), large), large)
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -396,6 +395,10 @@ class DirectionalAttack(Solver):
 
     def record(self, state: AttackState) -> dict[str, Array]:
         return {"iteration": state.iteration, "attacks": state.attacks, "mode": state.mode}
+
+
+def _same(state: AttackState) -> AttackState:
+    return state
 
 
 def _padded(points: Array, mask: Array, width: int) -> tuple[Array, Array]:
