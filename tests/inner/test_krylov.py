@@ -319,3 +319,99 @@ def test_a_batch_equals_its_members():
         assert single.converged
         error = np.asarray(batch.x[i] - single.x)
         assert energy(A[i], error) <= batch.error[i] + single.error
+
+
+def operator(rng, A):
+    """A preconditioner that is no diagonal: exact, off by a factor of 100, or unrelated."""
+    kind = rng.integers(3)
+    if kind == 2:
+        return spd(rng, N, 2.0)
+    values, Q = np.linalg.eigh(A)
+    values = np.maximum(values, 1e-15 * values[-1])
+    return (Q / (values * (10 ** rng.uniform(-2, 2, size=N) if kind else 1))) @ Q.T
+
+
+@eqx.filter_jit
+def solve_by_operator(A, b, d, tolerance, steps, guess, inverse, exact):
+    cg = eqx.tree_at(lambda cg: cg.max_steps, CG(), steps)
+    return cg(
+        lambda v: A @ v,
+        b,
+        lower_bound=d,
+        tolerance=tolerance,
+        guess=guess,
+        preconditioner=lambda r: inverse @ r,
+        exact_residual=exact,
+    )
+
+
+@settings(max_examples=40)
+@given(
+    seed=SEEDS,
+    log_condition=st.sampled_from([0.0, 1.0, 3.0, 6.0, 9.0]),
+    looseness=st.sampled_from([1 - 1e-6, 0.5, 1e-4]),
+    exact=st.booleans(),
+)
+def test_bounds_hold_with_any_operator(seed, log_condition, looseness, exact):
+    rng = np.random.default_rng(seed)
+    A = spd(rng, N, log_condition)
+    d = lower_bound(rng, A, looseness)
+    inverse = operator(rng, A)
+    b = rng.normal(size=N) if rng.random() < 0.5 else A @ rng.normal(size=N)
+    guess = rng.normal(size=N) * rng.choice([0.0, 1.0])
+    x = np.linalg.solve(A, b)
+    x = x + np.linalg.solve(A, b - A @ x)
+    first = energy(A, guess - x)
+    # What rounding may do is judged by the products met, and those with a good P are small ones.
+    size = np.finfo(float).eps * np.linalg.norm(A, 2) * (np.linalg.norm(x) + np.linalg.norm(guess))
+    rounding = 4 * size / np.sqrt(np.min(d))
+    for steps in (0, 1, 2, 4, 8, 16, N, 2 * N, 200):
+        answer = solve_by_operator(A, b, d, 0.0, jnp.asarray(steps), guess, inverse, exact)
+        if jnp.isfinite(answer.error):
+            assert energy(A, np.asarray(answer.x) - x) <= answer.error + rounding
+            assert first <= answer.first_error * (1 + 1e-12) + rounding
+        else:  # the inverse of an ill-conditioned matrix may be rounded to an indefinite one
+            assert log_condition > 6
+        assert answer.curvature >= 0.98
+
+
+def test_the_inverse_itself_takes_one_step():
+    rng = np.random.default_rng(8)
+    A, b = spd(rng, N, 4.0), rng.normal(size=N)
+    d = np.full(N, 0.9 * np.linalg.eigvalsh(A)[0])
+    tolerance = 1e-6 * np.linalg.norm(b) / np.sqrt(d[0])
+    zero, steps = np.zeros(N), jnp.asarray(100)
+    answer = solve_by_operator(A, b, d, tolerance, steps, zero, np.linalg.inv(A), False)
+    assert answer.converged
+    assert answer.iterations == 1
+    assert run(A, b, d, tolerance, exact=False).iterations > 5
+
+
+@pytest.mark.parametrize("softest", [-1.0, -1e-3])
+def test_an_operator_that_is_not_definite_has_no_error_bound(softest):
+    rng = np.random.default_rng(9)
+    A, b = spd(rng, N, 1.0), rng.normal(size=N)
+    values = np.full(N, -1.0 if softest == -1 else 1.0)
+    # A single direction of the wrong sign, of which the right-hand side is made.
+    values[0] = softest
+    b = b if softest == -1 else np.eye(N)[0]
+    d = np.full(N, 0.9 * np.linalg.eigvalsh(A)[0])
+    answer = solve_by_operator(A, b, d, 1e-3, jnp.asarray(50), np.zeros(N), np.diag(values), False)
+    assert answer.error == answer.first_error == jnp.inf
+    assert not answer.converged
+
+
+@pytest.mark.parametrize("factor", [10.0, 100.0])
+def test_a_lower_bound_that_is_too_large_is_noticed_without_ritz_values(factor):
+    """By the quotient of the solution, which leans to the smallest eigenvalue."""
+    rng = np.random.default_rng(10)
+    for _ in range(10):
+        Q, _ = np.linalg.qr(rng.normal(size=(N, N)))
+        A = (Q * 10 ** np.linspace(0, 3, N)) @ Q.T
+        A = 0.5 * (A + A.T)
+        b = rng.normal(size=N)
+        tolerance = 1e-4 * np.linalg.norm(b) / np.sqrt(factor)
+        d, zero = np.full(N, factor), np.zeros(N)
+        inverse = np.linalg.inv(A + np.eye(N))
+        answer = solve_by_operator(A, b, d, tolerance, jnp.asarray(99), zero, inverse, True)
+        assert answer.curvature < 0.99

@@ -268,6 +268,34 @@ def test_a_preconditioner_saves_products_and_changes_no_claim():
     assert helped.products < plain.products
     case = base._replace(h=h, d=np.asarray(d))
     check(case, minimizer(h, 16), helped, 1e-8)
+    inverse = jnp.linalg.inv(A)
+    exact = NEWTON(
+        Smooth(h, d, jnp.array(0.0), lambda y: lambda r: inverse @ r), jnp.zeros(16), 1e-8
+    )
+    assert exact.products < helped.products
+    check(case, minimizer(h, 16), exact, 1e-8)
+
+
+def test_lbfgs_begins_with_the_preconditioner():
+    case = quadratic(np.random.default_rng(6), 3.0)
+    inverse = jnp.linalg.inv(case.h.A)
+    d, m, y = jnp.asarray(case.d), jnp.array(0.0), jnp.ones(16)
+    plain = LBFGS()(Smooth(case.h, d, m), y, 1e-8)
+    helped = LBFGS()(Smooth(case.h, d, m, lambda y: lambda r: inverse @ r), y, 1e-8)
+    # The inverse Hessian itself: one step, and one more for what rounding left.
+    assert helped.gradients <= 3 < plain.gradients
+    check(case, minimizer(case.h, 16), helped, 1e-8)
+
+
+@pytest.mark.parametrize("solver", [NEWTON, LBFGS()], ids=["NewtonCG", "LBFGS"])
+@pytest.mark.parametrize("hook", [lambda y: lambda r: -r, lambda y: -jnp.ones_like(y)])
+def test_a_preconditioner_of_the_wrong_sign_is_no_accuracy_floor(solver, hook):
+    base = quadratic(np.random.default_rng(5), 1.0)
+    wrong = Smooth(base.h, jnp.asarray(base.d), jnp.array(0.0), hook)
+    answer = solver(wrong, jnp.ones(16), 1e-8)
+    assert status(answer) == "inaccurate"
+    # What is claimed of the point still holds, by strong convexity alone.
+    check(base, minimizer(base.h, 16), answer, 1e-8)
 
 
 @pytest.mark.parametrize("factor", [1.5, 2.0, 10.0, 100.0])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from tolerax.inner.bounds import dual_norm, dual_norm_given
+from tolerax.inner.metric import definite_norm
 from tolerax.inner.recycled import Recycled
 
 Vector = Float[Array, " n"]
@@ -110,25 +111,33 @@ class CG(eqx.Module):
         tolerance: ArrayLike,
         relative: ArrayLike = 0.0,
         guess: Vector | None = None,
-        preconditioner: Vector | None = None,
+        preconditioner: Vector | Operator | None = None,
         exact_residual: bool = True,
         memory: Recycled | None = None,
     ) -> LinearResult:
         """Solve until the error is at most `tolerance`, or `relative` times that of the guess.
 
         - `lower_bound`: diagonal D with D <= A.
-        - `preconditioner`: diagonal P that resembles A (default D).
+        - `preconditioner`: diagonal P that resembles A (default D), or a callable `r -> P^-1 r`,
+          linear, symmetric and positive definite, of which no more is known: errors are bounded by
+          `|r|_{D^-1}` then, and rounding is judged by the products met, which with a good P are
+          small ones. Nothing bounds the error where P turns out not to be definite.
         - `exact_residual`: `False` saves a product and returns that of the recurrence.
         - `memory`: a [`Recycled`][] preconditioner on the same D, used in place of a diagonal one.
         """
         dtype = b.dtype
         d = lower_bound
-        p_diag = d if preconditioner is None else preconditioner
         plain = preconditioner is None and memory is None
-        # The spectrum of P^-1 A lies above this.
-        floor = jnp.min(d / p_diag) if memory is None else memory.floor
+        unknown = memory is None and callable(preconditioner)
+        # The spectrum of P^-1 A lies above this, unless nothing is known of it.
+        if memory is not None:
+            floor, inverse = memory.floor, memory.solve
+        elif callable(preconditioner):
+            floor, inverse = jnp.ones((), dtype), preconditioner
+        else:
+            p_diag = d if preconditioner is None else preconditioner
+            floor, inverse = jnp.min(d / p_diag), lambda r: r / p_diag
         floor = (1 - 1e-7) * floor
-        inverse = (lambda r: r / p_diag) if memory is None else memory.solve
         kept = None if memory is None else jnp.zeros((2, memory.pairs, b.size), dtype)
         least, tiny = jnp.min(d), jnp.finfo(dtype).tiny
         eps = jnp.finfo(dtype).eps
@@ -143,7 +152,12 @@ class CG(eqx.Module):
             best that the products kept allow: the floor of a learned preconditioner is low."""
             simple = dual(rz, r) if kept is None else dual_norm_given(r, d, *kept) ** 2
             radau = jnp.where(gamma > 0, gamma * rz, jnp.inf)
-            return jnp.minimum(simple, radau) if self.quadrature else simple
+            return jnp.minimum(simple, radau) if self.quadrature and not unknown else simple
+
+        def definite(r: Vector, z: Vector) -> Bool[Array, ""]:
+            """Whether nothing shows that P is not positive definite."""
+            given = memory is None and preconditioner is not None
+            return jnp.isfinite(definite_norm(r, z)) if given else jnp.array(True)
 
         r = b if guess is None else b - operator(guess)
         products = jnp.array(0 if guess is None else 1, count)
@@ -153,7 +167,7 @@ class CG(eqx.Module):
         r, x = r / scale, jnp.zeros_like(b)
         guess_norm = jnp.zeros((), dtype) if guess is None else jnp.linalg.norm(guess / scale)
         asked = jnp.asarray(tolerance, dtype) / scale
-        z = inverse(r)
+        r0, z = r, inverse(r)
         rz = jnp.dot(r, z)
         gamma = 1 / floor
         # Floors to compare the smallest Ritz value with; less than 1 leaves room for rounding.
@@ -193,6 +207,7 @@ class CG(eqx.Module):
             alpha = jnp.where(bad, 0, rz / jnp.where(bad, 1, pap))
             x, r = x + alpha * p, r - alpha * ap
             z = inverse(r)
+            bad = bad | ~definite(r, z)
             rz_new = jnp.dot(r, z)
             beta = rz_new / rz
 
@@ -201,20 +216,27 @@ class CG(eqx.Module):
                 return jnp.where(rest > 0, rest / (floor * rest + beta), jnp.nan)
 
             # The weights stay positive as long as the smallest Ritz value exceeds the floor.
-            test = weight(test, shares * floor)
-            curvature = jnp.minimum(curvature, jnp.min(jnp.where(jnp.isnan(test), shares, jnp.inf)))
-            weights = (weight(gamma, floor), test)
+            if not unknown:
+                test = weight(test, shares * floor)
+                low = jnp.min(jnp.where(jnp.isnan(test), shares, jnp.inf))
+                curvature, gamma = jnp.minimum(curvature, low), weight(gamma, floor)
+            weights = (gamma, test)
             seen = (curvature, largest)
             gone = gone + alpha * rz
             return x, r, z + beta * p, rz_new, weights, gone, seen, step + 1, bad, kept
 
         zero, inf = jnp.zeros((), dtype), jnp.array(jnp.inf, dtype)
-        bad = ~jnp.isfinite(rz)
+        bad = ~jnp.isfinite(rz) | ~definite(r, z)
         weights = (gamma, gamma / shares)
         start = (x, r, z, rz, weights, zero, (inf, zero), jnp.array(0, count), bad, kept)
         end = jax.lax.while_loop(unfinished, body, start)
         x, r, _, rz, (gamma, _), gone, (curvature, largest), steps, bad, kept = end
         squared = bound(gamma, rz, r, kept)
+        if unknown:
+            # No Ritz values, but a step of inverse iteration: its quotient leans to the smallest.
+            xdx = jnp.dot(x, d * x)
+            quotient = jnp.dot(x, r0 - r) / jnp.where(xdx > 0, xdx, 1)
+            curvature = jnp.where(xdx > 0, jnp.minimum(curvature, quotient), curvature)
         error, unsure = scale * jnp.sqrt(squared), scale * rounding(x, largest)
         first_error = scale * jnp.sqrt(jnp.minimum(first, gone + squared))
         products = products + steps
@@ -227,9 +249,9 @@ class CG(eqx.Module):
             r, products = true, products + 1
         wanted = jnp.maximum(tolerance, relative * first_error)
         error, first_error = error + unsure, first_error + unsure
-        unknown = bad | jnp.isnan(error)
-        error = jnp.where(unknown, jnp.inf, error)
-        first_error = jnp.where(unknown, jnp.inf, first_error)
+        lost = bad | jnp.isnan(error)
+        error = jnp.where(lost, jnp.inf, error)
+        first_error = jnp.where(lost, jnp.inf, first_error)
         return LinearResult(
             x,
             r,

@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from tolerax.inner.bounds import at_least, decrement_for, distance, dual_norm, excess
 from tolerax.inner.krylov import CG
 from tolerax.inner.lbfgs import add_pair, inverse_product, no_pairs
+from tolerax.inner.metric import definite_norm
 from tolerax.inner.recycled import Recycled
 from tolerax.status import PointStatus
 
@@ -29,7 +30,8 @@ class Smooth(eqx.Module):
     - `value(y)`: h(y).
     - `lower_bound`: diagonal D with Hessian >= D everywhere.
     - `self_concordance`: M with `|D^3 h[u, u, v]| <= M |v|_2 u'Hu`; 0 for a quadratic.
-    - `preconditioner(y)`: diagonal that resembles the Hessian, or `None`.
+    - `preconditioner(y)`: what resembles the Hessian, a diagonal or a callable `r -> P^-1 r`, or
+      `None`.
     - `along(v)`: N(v) with `|D^3 h[u, u, v]| <= N(v) u'Hu`, sharper than M |v|_2, or `None`.
     - `memory`: what earlier linear solves taught about the Hessian, or `None`.
     """
@@ -37,7 +39,7 @@ class Smooth(eqx.Module):
     value: Callable[[Vector], Scalar]
     lower_bound: Vector
     self_concordance: Scalar
-    preconditioner: Callable[[Vector], Vector] | None = None
+    preconditioner: Callable[[Vector], Vector | Callable[[Vector], Vector]] | None = None
     along: Callable[[Vector], Scalar] | None = None
     memory: Recycled | None = None
 
@@ -54,9 +56,14 @@ class Smooth(eqx.Module):
         """Hessian products at y; what depends on y alone is computed once."""
         return jax.linearize(jax.grad(self.value), y)[1]
 
-    def diagonal(self, y: Vector) -> Vector | None:
+    def resembling(self, y: Vector) -> Vector | Callable[[Vector], Vector] | None:
         """The preconditioner at y."""
         return None if self.preconditioner is None else self.preconditioner(y)
+
+    def inverse(self, y: Vector) -> Callable[[Vector], Vector] | None:
+        """The inverse of the preconditioner at y."""
+        given = self.resembling(y)
+        return given if given is None or callable(given) else lambda r: r / given
 
     def distance(
         self, r: Vector, rounding: Scalar, decrement: ArrayLike = jnp.inf
@@ -167,11 +174,12 @@ class NewtonCG(Minimizer):
     without a solve of its own.
 
     - `forcing`: relative accuracy of a Newton step that is not the last; less where the function is
-      known to be almost quadratic, so that a quadratic takes one step.
+      known to be almost quadratic, so that a quadratic takes one step. Far from the minimum the
+      model is wrong by more than a third anyway.
     - `max_steps`, `max_cg_steps`: the most Newton steps and CG iterations a step.
     """
 
-    forcing: float = 0.1
+    forcing: float = 0.3
     max_steps: int = 200
     max_cg_steps: int = 1000
 
@@ -196,7 +204,7 @@ class NewtonCG(Minimizer):
 
         def newton(state: tuple) -> tuple:
             y, h, r, t, a, step, gradients, products, stuck, third, bent, *seen = state
-            curvature, largest, memory = seen
+            curvature, largest, memory, _ = seen
             operator = lower.hessian(y)
             left = jnp.maximum(limit.effort - gradients - products, 1)
             solve = CG(jnp.minimum(left, self.max_cg_steps).astype(count))(
@@ -205,23 +213,30 @@ class NewtonCG(Minimizer):
                 lower_bound=d_bound,
                 tolerance=0.5 * wanted,
                 relative=jnp.minimum(self.forcing, excess(a)),
-                preconditioner=lower.diagonal(y),
+                preconditioner=lower.resembling(y),
                 exact_residual=False,
                 memory=memory,
             )
             d, hd = solve.x, -r - solve.residual
             dhd = jnp.maximum(jnp.dot(d, hd), 0)
             slope = jnp.dot(r, d)
+            visible = 1e3 * eps * jnp.abs(h)
 
             def backtrack(trial: tuple) -> tuple:
-                s, _, _, tries = trial
-                s = jnp.where(tries > 0, 0.5 * s, s)
+                s, _, gradient, tries = trial
+                # To where a line through both slopes vanishes; a tenth where there is none.
+                share = jnp.clip(slope / (slope - jnp.dot(gradient, d)), 0.1, 0.5)
+                shorter = s * jnp.where(jnp.isnan(share), 0.1, share)
+                s = jnp.where(tries > 0, shorter, s)
                 return s, *lower.value_and_gradient(y + s * d), tries + 1
 
             def too_long(trial: tuple) -> Bool[Array, ""]:
                 s, value, gradient, tries = trial
-                low_enough = _decreased(h, value, s * slope, s * jnp.dot(gradient, d))
-                return (tries == 0) | (~low_enough & (tries < 30))
+                slope_there = jnp.dot(gradient, d)
+                low_enough = _decreased(h, value, s * slope, s * slope_there)
+                # A step that climbs half as steeply as it fell at first went far beyond.
+                beyond = (slope_there > 0.5 * jnp.abs(slope)) & (jnp.abs(value - h) > visible)
+                return (tries == 0) | ((~low_enough | beyond) & (tries < 30))
 
             zero = jnp.array(0, count)
             one = jnp.ones((), y.dtype)
@@ -248,6 +263,7 @@ class NewtonCG(Minimizer):
             third = jnp.maximum(third, least / jnp.where(certain, d_norm, 1))
             bent = jnp.maximum(bent, jnp.where(certain, least / b, 0))
             floored = full & (dual <= rounding)
+            lost = solve.error == jnp.inf
             no_gain = (t_new > 0.5 * t) & full & (d_norm <= 1e3 * eps * (1 + jnp.linalg.norm(y)))
             return (
                 y + s * d,
@@ -258,25 +274,27 @@ class NewtonCG(Minimizer):
                 step + 1,
                 gradients + tries,
                 products + solve.products,
-                stuck + 2 * floored + (no_gain | (solve.error == jnp.inf)),
+                stuck + 2 * floored + (no_gain | lost),
                 third,
                 bent,
                 jnp.minimum(curvature, solve.curvature),
                 largest,
                 solve.memory,
+                lost,
             )
 
         zero = jnp.array(0, count)
         nothing = jnp.zeros((), y.dtype)
-        seen = (nothing, nothing, nothing + jnp.inf, largest, lower.memory)
+        seen = (nothing, nothing, nothing + jnp.inf, largest, lower.memory, jnp.array(False))
         start = (y, h, r, t, a, zero, zero + 1, zero, zero, *seen)
         end = jax.lax.while_loop(unfinished, newton, start)
         y, h, r, t, a, _, gradients, products, stuck, third, bent = end[:11]
-        curvature, largest, memory = end[11:]
+        curvature, largest, memory, lost = end[11:]
         finite = jnp.isfinite(h) & jnp.all(jnp.isfinite(r))
         # Where h is not a number its gradient may well be one.
         t = jnp.where(finite, t, jnp.inf)
-        status = _outcome(t <= tolerance, stuck >= 2, finite)
+        # Without an answer of the linear solves it was not rounding that ended the steps.
+        status = _outcome(t <= tolerance, (stuck >= 2) & ~lost, finite)
         rounding = lower.rounding(y, largest)
         return LowerResult(
             y, r, t, a, gradients, products, status, third, bent, curvature, rounding, memory
@@ -285,6 +303,9 @@ class NewtonCG(Minimizer):
 
 class LBFGS(Minimizer):
     """Limited-memory BFGS; certifies by strong convexity, `|y - y*|_D <= |grad h(y)|_{D^-1}`.
+
+    A preconditioner takes the place of the identity that the inverse Hessian is built from. With a
+    good one this is the cheapest way through kinks, where a Newton step is too long almost always.
 
     - `memory`: pairs kept. `max_steps`: the most gradients.
     """
@@ -307,8 +328,11 @@ class LBFGS(Minimizer):
 
         def trial(state: tuple) -> tuple:
             y, h, r, pairs, s, step, stuck, largest = state
-            p = -inverse_product(pairs, r, everywhere)
-            scale = jnp.where(pairs.count == 0, 1 / jnp.maximum(jnp.linalg.norm(r), 1), 1)
+            inverse = lower.inverse(y)
+            p = -inverse_product(pairs, r, everywhere, inverse or (lambda v: v))
+            # Without a preconditioner nothing is known of the length of the first step.
+            blind = (pairs.count == 0) & (inverse is None)
+            scale = jnp.where(blind, 1 / jnp.maximum(jnp.linalg.norm(r), 1), 1)
             moved = s * scale * p
             h_new, r_new = lower.value_and_gradient(y + moved)
             slope = jnp.dot(r, moved)
@@ -317,7 +341,9 @@ class LBFGS(Minimizer):
             extended = add_pair(pairs, moved, r_new - r)
             choose = lambda a, b: jax.tree.map(lambda x, y: jnp.where(good, x, y), a, b)  # noqa: E731
             y, h, r, pairs = choose((y + moved, h_new, r_new, extended), (y, h, r, pairs))
-            stuck = jnp.where(good, 0, jnp.where(s < 1e-10, stuck + 1, stuck))
+            # Steps that rounding takes away lead nowhere, whatever becomes of the slope.
+            still = jnp.linalg.norm(moved) <= 4 * jnp.finfo(y.dtype).eps * jnp.linalg.norm(y)
+            stuck = jnp.where(still | (~good & (s < 1e-10)), stuck + 1, jnp.where(good, 0, stuck))
             # After a hopeless search the memory is dropped.
             drop = ~good & (s < 1e-10)
             pairs = jax.tree.map(lambda x: jnp.where(drop, jnp.zeros_like(x), x), pairs)
@@ -328,7 +354,11 @@ class LBFGS(Minimizer):
         one, largest = jnp.ones((), y.dtype), jnp.max(lower.lower_bound)
         start = (y, h, r, no_pairs(self.memory, y), one, zero, zero, largest)
         y, h, r, _, _, steps, stuck, largest = jax.lax.while_loop(unfinished, trial, start)
-        return _from_gradient(lower, y, h, r, largest, tolerance, steps + 1, stuck >= 3)
+        stuck, inverse = stuck >= 3, lower.inverse(y)
+        if inverse is not None:
+            # A preconditioner of the wrong sign leads nowhere: that is not rounding.
+            stuck = stuck & jnp.isfinite(definite_norm(r, inverse(r)))
+        return _from_gradient(lower, y, h, r, largest, tolerance, steps + 1, stuck)
 
 
 class AcceleratedGradient(Minimizer):

@@ -5,7 +5,7 @@ from tolerax.problems.bilevel import Bilevel as Bilevel
 from tolerax.problems.bilevel import SumOver as SumOver
 from tolerax.problems.constants import proved as proved
 from tolerax.problems.energy import Energy as Energy
-from tolerax.problems.energy import Euclidean as Euclidean
+from tolerax.problems.euclidean import Euclidean as Euclidean
 from tolerax.problems.full_space import FullSpace as FullSpace
 from tolerax.problems.full_space import MatchedSchur as MatchedSchur
 from tolerax.problems.hard_constrained import Equation as Equation

@@ -12,7 +12,8 @@ from tolerax.contracts import Accuracy, Evaluation, Problem, Provenance, Query
 from tolerax.inner.krylov import CG
 from tolerax.inner.minimizers import Minimizer, NewtonCG
 from tolerax.problems.constants import Proved
-from tolerax.problems.energy import Energy, Euclidean
+from tolerax.problems.energy import Energy
+from tolerax.problems.euclidean import Euclidean
 from tolerax.problems.implicit import BackwardReport, Implicit, Solved
 from tolerax.problems.norms import CrossBounds as CrossBounds
 
@@ -88,8 +89,11 @@ class Bilevel(Problem):
     - `bounds`: pair of pytrees like x, or scalars.
     - `lower_solver`: [`NewtonCG`][], [`LBFGS`][] or [`AcceleratedGradient`][] of `tolerax.inner`.
     - `adjoint_solver`: [`CG`][].
-    - `preconditioner`: callable (y, x) -> pytree like y, a diagonal that resembles H; for linear
-      solves, hence not for the lower level where [`LBFGS`][] or [`AcceleratedGradient`][] solve it.
+    - `preconditioner`: callable (y, x) -> what resembles H at y: a pytree like y, its diagonal, or
+      an operator whose `mv(r)` is `P^-1 r` on pytrees like y for a symmetric positive definite P,
+      for instance [`AlternatingLines`][]. Linear solves use it once an iteration, [`LBFGS`][]
+      twice, [`AcceleratedGradient`][] never; no count of `Work` contains that. Bounds never rest
+      on it: a bad one costs iterations, one of the wrong sign ends them without an answer.
     - `recycle`: rank of a preconditioner that is learned from the linear solves of a run, of the
       form `D + L L'` with D the strong convexity (see `tolerax.inner.Recycled`): worth its memory
       where the Hessian exceeds D by far along a modest number of directions. The carry holds

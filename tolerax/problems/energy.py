@@ -1,7 +1,7 @@
 """State and adjoint solves for lower levels that minimize a strongly convex function."""
 
 import abc
-import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from tolerax.contracts import Provenance, Work
 from tolerax.inner.bounds import dual_norm
-from tolerax.inner.estimates import largest_singular_value, smallest_eigenvalue
+from tolerax.inner.estimates import smallest_eigenvalue
 from tolerax.inner.krylov import CG, LinearResult
 from tolerax.inner.minimizers import NO_LIMIT, Limit, Minimizer, Smooth
 from tolerax.inner.recycled import Recycled, blank_factor
@@ -130,15 +130,14 @@ class Minimization(eqx.Module):
 
     def smooth(self, at: Fixed, known: Known) -> Smooth:
         """The lower level as a function of the flat y."""
-        diagonal = None
+        resembling = None
         if self.preconditioner is not None:
-            hook = self.preconditioner
-            diagonal = lambda y: ravel_pytree(hook(at.unravel(y), at.x))[0]  # noqa: E731
+            resembling = lambda y: _flat_preconditioner(self.preconditioner, at, y)  # noqa: E731
         along = None
         if self.self_concordance_along is not None:
             along = lambda v: constant(self.self_concordance_along, at.unravel(v), at.x)  # noqa: E731
         return Smooth(
-            at.potential, known.lower_bound, known.self_concordance, diagonal, along, known.memory
+            at.potential, known.lower_bound, known.self_concordance, resembling, along, known.memory
         )
 
     def contradiction(
@@ -204,7 +203,7 @@ class Minimization(eqx.Module):
             tolerance=tolerance,
             relative=relative,
             guess=guess,
-            preconditioner=lower.diagonal(y),
+            preconditioner=lower.resembling(y),
             memory=known.memory,
         )
 
@@ -342,7 +341,7 @@ class Energy(Minimization):
         hq = g_y - adjoint.residual
         qhq = jnp.maximum(jnp.dot(q, hq), 0)
         tiny = jnp.finfo(y.dtype).tiny
-        estimates, products = _merged(state.estimates, adjoint.estimates), 0
+        estimates, products = merged(state.estimates, adjoint.estimates), 0
         smoothness = jnp.full((), jnp.inf, y.dtype)
         allowed = jnp.full((), jnp.inf, y.dtype)  # for q'J_yy q
         if self.relative_smoothness is not None:
@@ -394,106 +393,27 @@ class Energy(Minimization):
         return j - jnp.dot(q, r), errors, estimates, Work(hessian_products=products)
 
 
-class ByResidual(Smooth):
-    """A lower level whose distances are bounded by gradients alone, `|y - y*|_D <= |r|_{D^-1}`."""
-
-    def distance(
-        self, r: Vector, rounding: Scalar, decrement: ArrayLike = jnp.inf
-    ) -> tuple[Scalar, Scalar]:
-        del decrement
-        bound = dual_norm(r, self.lower_bound) + rounding
-        return bound, self.self_concordance * bound / jnp.sqrt(jnp.min(self.lower_bound))
-
-    def decrement_for(self, tolerance: ArrayLike) -> Scalar:
-        return jnp.zeros_like(self.self_concordance)
-
-
-class Euclidean(Minimization):
-    """Errors in the Euclidean norm, as published; kept for comparisons.
-
-    `Accuracy.state` bounds `|y - y*|` by `|grad h| / mu`, `Accuracy.adjoint` bounds the residual
-    `|H q - grad_y J|`. The value is not corrected: `J(y) +- (|grad J| eps + L_g eps^2 / 2)`.
-
-    Source: Salehi, Mukherjee, Roberts, Ehrhardt (arXiv 2308.10098) for the value; Ehrhardt and
-    Roberts, *Analyzing inexact hypergradients* (IMA J. Appl. Math. 2023) for the gradient, here
-    with the term of a Hessian that varies, `L_H <= M |H|`. The norms of H and of the cross
-    derivative are estimated by power iteration, whatever else is known.
-    """
-
-    @property
-    def provenance(self) -> Provenance:
-        """Which constants are given, proved or estimated."""
-        known = [pair for pair in super().provenance.constants if pair[0] != "cross"]
-        return Provenance((*known, ("cross", "estimated"), ("hessian_norm", "estimated")))
-
-    def solve_state(
-        self,
-        at: Fixed,
-        known: Known,
-        y: Vector,
-        tolerance: Scalar,
-        limit: Limit = NO_LIMIT,
-    ) -> Solved:
-        mu = jnp.min(known.lower_bound)
-        flat = dataclasses.replace(known, lower_bound=jnp.full_like(y, mu), memory=None)
-        # |r|_{D^-1} = |r| / sqrt(mu) <= sqrt(mu) eps is |r| <= mu eps.
-        root = jnp.sqrt(mu)
-        hopeless = limit.hopeless
-        if hopeless is not None:
-            limit = limit._replace(hopeless=lambda y, t: hopeless(y, t / root))
-        solved = self._state(at, flat, y, root * tolerance, limit)
-        return eqx.tree_at(lambda s: s.error, solved, solved.error / root)
-
-    def smooth(self, at: Fixed, known: Known) -> Smooth:
-        lower = super().smooth(at, known)
-        m, diagonal = lower.self_concordance, lower.preconditioner
-        return ByResidual(lower.value, lower.lower_bound, m, diagonal, lower.along)
-
-    def solve_adjoint(
-        self, at: Fixed, known: Known, y: Vector, b: Vector, guess: Vector, tolerance: Scalar
-    ) -> Solved:
-        mu = jnp.min(known.lower_bound)
-        flat = dataclasses.replace(known, lower_bound=jnp.full_like(y, mu), memory=None)
-        residual_only = eqx.tree_at(
-            lambda s: s.adjoint_solver, self, CG(self.adjoint_solver.max_steps, quadrature=False)
-        )
-        solve, solved = residual_only._adjoint(at, flat, y, b, guess, tolerance / jnp.sqrt(mu))
-        return eqx.tree_at(lambda s: s.error, solved, jnp.linalg.norm(solve.residual))
-
-    def least_value(self, at: Fixed, known: Known, error: Scalar, j: Scalar, g_y: Vector) -> Scalar:
-        del at, known
-        return j - jnp.linalg.norm(g_y) * error
-
-    def errors(
-        self, at: Fixed, known: Known, state: Solved, adjoint: Solved, j: Scalar, g_y: Vector
-    ) -> tuple[Scalar, Errors, dict[str, Array], Work]:
-        y, q, eps = state.vector, adjoint.vector, state.error
-        mu = jnp.min(known.lower_bound)
-        cross, products = estimate_cross(at, jnp.ones_like(y), y, q)
-        # Power iteration from a fixed start for |H| and |Hess_yy J|.
-        wave = jnp.cos(1.0 + jnp.arange(y.size, dtype=y.dtype))
-        h_map = jax.linearize(at.residual, y)[1]
-        h_norm, _ = largest_singular_value(h_map, h_map, wave)
-        if self.upper_smoothness is None:
-            g_map = jax.linearize(jax.grad(at.cost), y)[1]
-            l_g = SAFETY * largest_singular_value(g_map, g_map, wave)[0]
-            products += 4
-        else:
-            l_g = at.constant(self.upper_smoothness)
-        l_h = known.self_concordance * SAFETY * h_norm
-        change = (l_g + l_h * jnp.linalg.norm(q)) / mu
-        from_state = cross.state * eps + (cross.adjoint + cross.both * eps) * change * eps
-        from_adjoint = (cross.adjoint + cross.both * eps) * adjoint.error / mu
-        value = jnp.linalg.norm(g_y) * eps + 0.5 * l_g * eps * eps
-        # Linear solves report errors in the energy norm, which is at least sqrt(mu) times this one.
-        root = jnp.sqrt(mu)
-        per_state = (cross.state + cross.adjoint * change) / root
-        errors = Errors(value, from_state, from_adjoint, per_state, cross.adjoint / root)
-        estimates = _merged(state.estimates, adjoint.estimates)
-        return j, errors, estimates, Work(hessian_products=products + 4)
-
-
-def _merged(state: dict[str, Array], adjoint: dict[str, Array]) -> dict[str, Array]:
+def merged(state: dict[str, Array], adjoint: dict[str, Array]) -> dict[str, Array]:
     """The estimates of both solves: of two curvatures the smaller one, of two memories the last."""
     smaller = {name: jnp.minimum(state[name], adjoint[name]) for name in adjoint.keys() & {"least"}}
     return state | adjoint | smaller
+
+
+def _flat_preconditioner(hook: Callable, at: Fixed, y: Vector) -> Vector | Callable:
+    """What the user's function returns at y on flat vectors: a diagonal P, or `r -> P^-1 r`."""
+    tree = at.unravel(y)
+    shape = lambda leaf: getattr(leaf, "shape", ())  # noqa: E731
+    shapes = jax.tree.map(shape, tree)
+
+    def flat(answer: Any, what: str) -> Vector:
+        if callable(answer) or jax.tree.map(shape, answer) != shapes:
+            raise TypeError(
+                f"{what} returned {answer!r}: return a pytree like y, with shapes {shapes}, that "
+                "holds the diagonal, or an operator whose `mv(r)` takes and returns such a pytree."
+            )
+        return ravel_pytree(answer)[0].astype(y.dtype)
+
+    resembling = hook(tree, at.x)
+    if hasattr(resembling, "mv"):
+        return lambda r: flat(resembling.mv(at.unravel(r)), "mv of the preconditioner")
+    return flat(resembling, "preconditioner")

@@ -370,6 +370,9 @@ class IntervalSearch(Solver):
         unsure = ~failed & ~accept & (gain > rounding) & (state.refinements < 4)
         # Nothing is known that far away: a shorter step is cheaper than more accuracy.
         unsure = unsure & (errors < jnp.inf)
+        # A gradient without a bound teaches nothing: a closer look before the point is taken.
+        unsure = unsure | (accept & (told.z_error == jnp.inf) & (state.refinements < 4))
+        accept = accept & ~unsure
         unsure = unsure if self.adaptive else jnp.array(False)
 
         length = geometry.norm(moved)
@@ -383,8 +386,9 @@ class IntervalSearch(Solver):
             # Without curvature the step was too short: the secant of the slopes says by how much,
             # and the next one goes further the same way.
             longer = ~keep & (slope_there < 0.5 * slope) & (not self.patient)
-            stretch = jnp.clip(slope / (slope - slope_there), 2, 4)
-            stretch = jnp.where(slope_there < slope, 4, stretch)
+            most = jnp.where(state.iterations == 0, 2, 4)
+            stretch = jnp.clip(slope / (slope - slope_there), 2, most)
+            stretch = jnp.where(slope_there < slope, most, stretch)
             new = _replace(
                 state,
                 now=told,
