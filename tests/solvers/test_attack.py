@@ -83,7 +83,7 @@ def test_constraints_are_met_where_attacks_and_models_end():
     solution = tolerax.solve(problem, solver, start, max_steps=600, max_work={"points": 2000})
     assert float(solution.violation) <= 1e-6
     # Nothing but its budget ends a run whose ends nothing agrees on.
-    assert solution.status == Status.budget_spent
+    assert solution.status == Status.budget
     # Steps along tangents converge as Newton's do; along the arc values are flat, so that 1e-12 in
     # them is 1e-6 in x.
     np.testing.assert_allclose(solution.x, np.array([2.0, 1.0]) / np.sqrt(5), atol=1e-4)
