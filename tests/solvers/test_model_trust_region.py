@@ -41,6 +41,20 @@ def test_constraints_that_cannot_be_met_are_infeasible(solver, name):
     np.testing.assert_allclose(solution.violation, 1.0, atol=1e-5)
 
 
+def test_two_equations_without_an_objective():
+    # A constant has no multipliers: any penalty leads to the equations.
+    circle_and_branch = tolerax.Objective(
+        lambda x: 0 * x[0] - 1,
+        constraints=lambda x: jnp.array([x @ x - 25, x[0] * x[1] - 9]),
+        constraint_bounds=(0.0, 0.0),
+    )
+    solution = tolerax.solve(circle_and_branch, ModelTrustRegion(), jnp.array([2.0, 1.0]))
+    assert solution.success
+    # (x + y)^2 = 43 and (x - y)^2 = 7.
+    expected = np.array([43**0.5 + 7**0.5, 43**0.5 - 7**0.5]) / 2
+    np.testing.assert_allclose(solution.x, expected, atol=1e-6)
+
+
 def test_looking_elsewhere_stays_feasible():
     # The lowest values of the box are infeasible; of the feasible minima the start is at a bad one.
     def waves(x):

@@ -248,6 +248,8 @@ def _step(region: Region, models: Models) -> tuple[Vector, Region]:
     size = jnp.where(found.found, jnp.sum(jnp.abs(found.multipliers)), 0)
     needed = jnp.maximum(enough, size)
     raised = jnp.where(region.penalty < needed, 2 * needed, region.penalty)
+    # Where the objective does not change any will do.
+    raised = jnp.where((raised == 0) & (gained > 0) & (lost == 0), 1, raised)
     multipliers = jnp.where(found.found, found.multipliers, 0)
     return s, dataclasses.replace(region, multipliers=multipliers, penalty=raised)
 
