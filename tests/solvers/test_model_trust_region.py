@@ -55,6 +55,24 @@ def test_two_equations_without_an_objective():
     np.testing.assert_allclose(solution.x, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("cost", "value"), [((-1.0, 0.0, 0.0), -np.log(np.log(10))), ((-0.8, 0.0, 0.2), 0.5181632741)]
+)
+def test_a_first_region_far_too_wide_for_its_constraints(cost, value):
+    """Problems 34 and 66: the first radius is 20, where the constraints reach exp(20). The region
+    loses its feasible points before the penalty is right, and has to come back to them."""
+    wide = tolerax.Objective(
+        lambda x: jnp.array(cost) @ x,
+        bounds=(jnp.zeros(3), jnp.array([100.0, 100.0, 10.0])),
+        constraints=lambda x: x[1:] - jnp.exp(x[:2]),
+        constraint_bounds=(0.0, jnp.inf),
+    )
+    solution = tolerax.solve(wide, tolerax.ModelTrustRegion(), jnp.array([0.0, 1.05, 2.9]))
+    assert solution.status == tolerax.Status.converged_estimated
+    assert solution.violation <= 1e-6
+    np.testing.assert_allclose(solution.value, value, atol=1e-5)
+
+
 def test_looking_elsewhere_stays_feasible():
     # The lowest values of the box are infeasible; of the feasible minima the start is at a bad one.
     def waves(x):

@@ -3,37 +3,18 @@
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from tolerax.contracts import State
 from tolerax.inner.lbfgs import Pairs
 from tolerax.solvers._attack_steps import Held
+from tolerax.solvers._best import Best
 from tolerax.solvers._common import Box
 
 GRADIENT, LADDER, SCATTER, OTHER = range(4)
 KINDS = 4  # sign, gradient, momentum, quasi-Newton
 FACTORS = (4.0, 1.0, 0.25, 0.0625)  # of the length that was best before
 RUNGS = KINDS * len(FACTORS)
-
-
-class Best(eqx.Module):
-    """The best point of all: the lowest feasible one, or the one that violates least. A violation
-    within the tolerance is 0."""
-
-    x: Float[Array, " n"]
-    value: Float[Array, ""]
-    violation: Float[Array, ""]
-
-    @property
-    def feasible(self) -> Bool[Array, ""]:
-        """Whether the constraints hold there."""
-        return self.violation == 0
-
-    @property
-    def height(self) -> Float[Array, ""]:
-        """What a better point lowers: the value, or the violation while nothing is feasible."""
-        return jnp.where(self.feasible, self.value, self.violation)
 
 
 class Turns(eqx.Module):

@@ -18,7 +18,6 @@ from tolerax.solvers._attack_state import (
     RUNGS,
     SCATTER,
     AttackState,
-    Best,
     Turns,
 )
 from tolerax.solvers._common import select
@@ -37,18 +36,6 @@ def notable(
     where nothing is feasible, of what is left of the violation."""
     size = jnp.abs(now)
     return jnp.asarray(gain) * jnp.where(feasible, jnp.minimum(before - now, size), size)
-
-
-def better(now: Best, points: Array, value: Array, violation: Array) -> Best:
-    """The best of some points, if it is better; those that failed have an infinite value."""
-    known = value < jnp.inf
-    feasible = known & (violation == 0)
-    key = jnp.where(jnp.any(feasible), jnp.where(feasible, value, jnp.inf), violation)
-    i = jnp.argmin(jnp.where(known, key, jnp.inf))
-    found = Best(points[i], value[i], violation[i])
-    both = found.feasible & now.feasible
-    lower = jnp.where(both, found.value < now.value, found.violation < now.violation)
-    return select(known[i] & lower, found, now)
 
 
 class Schedule(eqx.Module):
@@ -165,9 +152,7 @@ class Schedule(eqx.Module):
     ) -> AttackState:
         """With an answer, whoever asked; points without a value have an infinite one."""
         turns, energy = state.turns, value + state.penalty * violation
-        best = better(
-            state.best, points, value, jnp.where(violation <= self.feasible_within, 0, violation)
-        )
+        best = state.best.among(points, value, violation)
         began = jnp.isinf(turns.first) & best.feasible
         turns = dataclasses.replace(
             turns,
@@ -197,8 +182,7 @@ class Schedule(eqx.Module):
 
     def _energy(self, state: AttackState) -> Float[Array, ""]:
         """What attacks would lower at the best point."""
-        best = state.best
-        return best.value + jnp.where(best.feasible, 0, state.penalty * best.violation)
+        return state.best.merit(state.penalty)
 
     def _fall(self, state: AttackState) -> Array:
         """What was gained so far."""

@@ -21,7 +21,6 @@ from tolerax.solvers._attack_state import (
     RUNGS,
     SCATTER,
     AttackState,
-    Best,
 )
 from tolerax.solvers._attack_steps import (
     KEPT,
@@ -36,6 +35,7 @@ from tolerax.solvers._attack_steps import (
     with_earlier,
 )
 from tolerax.solvers._attack_turns import Schedule, notable
+from tolerax.solvers._best import Best
 from tolerax.solvers._branches import when
 from tolerax.solvers._common import Box, select
 from tolerax.solvers._population import flat
@@ -184,7 +184,7 @@ class DirectionalAttack(Solver):
             since=inf,
             gains=jnp.full(3, jnp.inf, dtype),
             random=jnp.array(False),
-            best=Best(u, inf, inf),
+            best=Best.unknown(u, self.feasible_within),
             turns=schedule.first(u),
             others=schedule.unopened(start),
             penalty=jnp.asarray(self.penalty, dtype),

@@ -13,6 +13,7 @@ from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
 from tolerax.inner.evolution import sample_size
 from tolerax.inner.positive_bases import positive_basis
 from tolerax.solvers import _exploration as exploration
+from tolerax.solvers._best import Best
 from tolerax.solvers._branches import chosen, when
 from tolerax.solvers._common import Box, lost_in
 from tolerax.solvers._exploration import Exploration
@@ -46,8 +47,7 @@ class ModelState(eqx.Module):
 
     `queue` holds the points asked for, `values` and `rows` what the objective and the constraints
     are there, `count` how many there are and `position` how many were told; `purpose` says what
-    they are for. `best` is the lowest value of a feasible point, or of the least infeasible one,
-    with its `violation`.
+    they are for.
     """
 
     region: Region
@@ -59,11 +59,9 @@ class ModelState(eqx.Module):
     position: Int[Array, ""]
     purpose: Int[Array, ""]
     elsewhere: Exploration | None
-    best: Float[Array, ""]
-    best_x: Float[Array, " n"]
+    best: Best
     blur: Float[Array, ""]
     size: Float[Array, " k"]
-    violation: Float[Array, ""]
     guard: Float[Array, ""]
     spent: Int[Array, ""]
     turn: Int[Array, ""]
@@ -174,11 +172,9 @@ class ModelTrustRegion(Solver):
             position=zero,
             purpose=jnp.array(STAR),
             elsewhere=exploration.empty(center, size) if self.explore else None,
-            best=inf,
-            best_x=center,
+            best=Best.unknown(center, self.feasible_within),
             blur=jnp.zeros_like(one),
             size=jnp.zeros(1 + limits.lower.size, x0.dtype),
-            violation=inf,
             guard=jnp.zeros_like(one),
             spent=zero,
             turn=zero,
@@ -207,21 +203,17 @@ class ModelTrustRegion(Solver):
 
     def tell(self, state: ModelState, query: Query, evaluation: Evaluation) -> ModelState:
         assert query.mask is not None
-        value = energies(query, evaluation, state.best.dtype)
+        value = energies(query, evaluation, state.best.value.dtype)
         rows = rows_of(evaluation, value)
         slots = state.queue.shape[0]
         index = state.position + jnp.arange(self.batch)
         points = state.queue[jnp.minimum(index, slots - 1)]
         index = jnp.where(query.mask, index, slots)
         violation = state.region.limits.violation(rows)
-        violation = jnp.where(violation <= self.feasible_within, 0, violation)
-        violation = jnp.where(jnp.isfinite(value), violation, jnp.inf)
-        # Feasible before infeasible, then by value.
-        lowest = jnp.argmin(jnp.where(violation == jnp.min(violation), value, jnp.inf))
-        nearer = violation[lowest] < state.violation
-        lower = nearer | ((violation[lowest] == state.violation) & (value[lowest] < state.best))
+        best = state.best.among(points, value, violation)
         elsewhere, guard = state.elsewhere, state.guard
         if elsewhere is not None:
+            violation = self._missed(violation)
             guard = self._guarded(state, value, violation)
             merit = value + jnp.where(violation > 0, guard * violation, 0)
             elsewhere = exploration.remembered(elsewhere, points, merit, query.mask)
@@ -232,15 +224,16 @@ class ModelTrustRegion(Solver):
             rows=state.rows.at[index].set(rows, mode="drop"),
             position=state.position + told,
             spent=state.spent + told,
-            best=jnp.where(lower, value[lowest], state.best),
-            best_x=jnp.where(lower, points[lowest], state.best_x),
+            best=best,
             blur=largest_error(query, evaluation, state.blur),
             size=first_size(value, rows, state.size, state.spent == 0),
-            violation=jnp.where(lower, violation[lowest], state.violation),
             elsewhere=elsewhere,
             guard=guard,
         )
         return when(state.position >= state.count, self._next, _same, state)
+
+    def _missed(self, violation: Float[Array, "*k"]) -> Float[Array, "*k"]:
+        return jnp.where(violation <= self.feasible_within, 0, violation)
 
     def _next(self, state: ModelState) -> ModelState:
         """What follows once all points that were asked for are told."""
@@ -281,7 +274,7 @@ class ModelTrustRegion(Solver):
             state,
         )
         region = planned(region, state.sides)
-        nothing = ~jnp.isfinite(state.best)
+        nothing = ~jnp.isfinite(state.best.value)
         state = dataclasses.replace(
             state,
             region=region,
@@ -298,9 +291,9 @@ class ModelTrustRegion(Solver):
 
     def _poll(self, state: ModelState) -> ModelState:
         """Random orthogonal directions around the best point of the model, at two lengths."""
-        n = state.best_x.size
+        n = state.best.x.size
         key = jax.random.fold_in(state.key, state.iteration)
-        directions = jnp.sqrt(state.region.end) * positive_basis(key, n, dtype=state.best_x.dtype)
+        directions = jnp.sqrt(state.region.end) * positive_basis(key, n, dtype=state.best.x.dtype)
         steps = jnp.concatenate([directions, NEARER * directions])
         points = jnp.clip(
             state.region.center[None] + steps, state.sides.low[None], state.sides.high[None]
@@ -308,10 +301,13 @@ class ModelTrustRegion(Solver):
         return self._asking(state, points, 4 * n, POLL)
 
     def _after_poll(self, state: ModelState) -> ModelState:
-        region, radius, n = state.region, jnp.sqrt(state.region.end), state.best_x.size
+        n = state.best.x.size
         points, values, rows = state.queue[: 4 * n], state.values[: 4 * n], state.rows[: 4 * n]
-        known = jnp.isfinite(values)
+        region = self._fenced(state)
+        radius, known = jnp.sqrt(region.end), jnp.isfinite(values)
         merits = jnp.where(known, region.merit(values, rows), jnp.inf)
+        points_of = jnp.concatenate([points, state.best.x[None]])
+        merits = jnp.append(merits, state.best.merit(region.penalty))
         lowest = jnp.argmin(merits)
         lower = merits[lowest] < region.merits[region.best]
         middle = jnp.append(region.values[region.best], region.rows[region.best])
@@ -324,10 +320,21 @@ class ModelTrustRegion(Solver):
         ended = Status.where(doubtful, Status.stalled, Status.converged_estimated)
         blurred = lost_in(region.center, NEARER * radius)
         ended = Status.where(blurred, Status.accuracy_floor, ended)
-        ended = Status.where(state.violation > 0, Status.infeasible, ended)
-        again = self._open_star(state, points[lowest], radius)
+        ended = Status.where(~state.best.feasible, Status.infeasible, ended)
+        again = dataclasses.replace(state, region=region)
+        again = self._open_star(again, points_of[lowest], radius)
         over = dataclasses.replace(state, done=jnp.array(True), status=ended)
         return when(lower, lambda _: again, lambda _: over, None)
+
+    def _fenced(self, state: ModelState) -> Region:
+        """The region with a penalty by which no infeasible center is below a feasible point."""
+        region = state.region
+        violation = self._missed(region.limits.violation(region.rows[region.best]))
+        outside = state.best.feasible & (violation > 0)
+        gap = state.best.value - region.values[region.best]
+        needed = jnp.where(outside, gap / jnp.where(outside, violation, 1), 0)
+        penalty = jnp.where(region.penalty <= needed, 2 * needed, region.penalty)
+        return dataclasses.replace(region, penalty=penalty)
 
     def _open_star(self, state: ModelState, center: Array, radius: Array) -> ModelState:
         """A new region around a point."""
@@ -343,16 +350,16 @@ class ModelTrustRegion(Solver):
         """The penalty of the search elsewhere: no infeasible point of it may be lower than the best
         feasible one."""
         guard = jnp.maximum(state.guard, state.region.penalty)
-        feasible = (state.violation == 0) & (state.purpose == GENERATION)
+        feasible = state.best.feasible & (state.purpose == GENERATION)
         outside = feasible & (violation > 0) & jnp.isfinite(violation)
-        ratio = (state.best - values) / jnp.where(outside, violation, 1)
+        ratio = (state.best.value - values) / jnp.where(outside, violation, 1)
         needed = jnp.max(jnp.where(outside, ratio, 0), initial=0)
         return jnp.where(guard < needed, 2 * needed, guard)
 
     def _look_elsewhere(self, state: ModelState) -> ModelState:
         state = dataclasses.replace(state, turn=state.spent)
         assert state.elsewhere is not None
-        elsewhere = exploration.centred(state.elsewhere, state.best_x)
+        elsewhere = exploration.centred(state.elsewhere, state.best.x)
         state = dataclasses.replace(state, elsewhere=elsewhere)
         return self._generation(state)
 
@@ -371,8 +378,7 @@ class ModelTrustRegion(Solver):
         this = state.elsewhere
         assert this is not None
         size = this.known.size
-        violation = state.region.limits.violation(state.rows[:size])
-        violation = jnp.where(violation <= self.feasible_within, 0, violation)
+        violation = self._missed(state.region.limits.violation(state.rows[:size]))
         merits = state.values[:size] + jnp.where(violation > 0, state.guard * violation, 0)
         this, enough = exploration.answered(this, state.members[:size], merits, state.count)
         state = dataclasses.replace(state, elsewhere=this)
@@ -381,13 +387,12 @@ class ModelTrustRegion(Solver):
     def _after_evolution(self, state: ModelState) -> ModelState:
         assert state.elsewhere is not None
         this = exploration.evolved(state.elsewhere)
-        n = state.best_x.size
+        n = state.best.x.size
         collapsed = this.evolution.spread < exploration.COLLAPSED
         spread = this.evolution.spread
         key = jax.random.fold_in(state.key, state.iteration + 1_000_000_000)
-        this = exploration.restarted(this, key, state.best_x, state.sides, collapsed)
-        violation = jnp.where(state.violation > 0, state.region.penalty * state.violation, 0)
-        better = state.best + violation < state.region.merits[state.region.best]
+        this = exploration.restarted(this, key, state.best.x, state.sides, collapsed)
+        better = state.best.merit(state.region.penalty) < state.region.merits[state.region.best]
         time = collapsed | (state.spent - state.turn >= GLOBAL * (n + 1))
         resumes = ~better & ~state.region.done
         local = time & (better | resumes)
@@ -398,7 +403,7 @@ class ModelTrustRegion(Solver):
         reopened = jnp.clip(spread, jnp.sqrt(state.region.end), 1.0)
         return chosen(
             case,
-            [self._generation, self._step, lambda s: self._open_star(s, s.best_x, reopened)],
+            [self._generation, self._step, lambda s: self._open_star(s, s.best.x, reopened)],
             state,
         )
 
