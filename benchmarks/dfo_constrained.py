@@ -103,7 +103,7 @@ def ours(case: Case, budget: int) -> np.ndarray:
 
 
 def cobyqa(case: Case, budget: int) -> np.ndarray:
-    """SciPy's, whose last radius is ours."""
+    """SciPy's; its last radius is 1e-6 too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return scipy.optimize.minimize(

@@ -37,12 +37,26 @@ def constrained_step(
     violates them least, in the sense of least squares of rows that are scaled by what they may
     change within the ball.
 
-    The method of multipliers: what is left, a minimum within a ball, is found by Newton steps, each
-    of which minimizes a quadratic over the ball, with a search along the way to it.
+    The method of multipliers, with the ball and the box as rows beside the constraints. Its
+    unconstrained minima are found by Newton steps: a search along the way to the minimizer of the
+    local quadratic over the ball, and along the way downhill in the metric of the Hessian with its
+    eigenvalues made positive.
 
     - `multipliers`: the first guess; their signs are those of `f + <multipliers, c>`.
 
     Source: Nocedal, Wright (*Numerical Optimization*, 2006), section 17.4.
+
+    >>> import jax.numpy as jnp
+    >>> from tolerax.inner.interpolation import Quadratic
+    >>> # The lowest point of a disc of radius sqrt(1.09) around (-0.3, 1).
+    >>> height = Quadratic(jnp.array(0.0), jnp.array([0.0, 1.0]), jnp.zeros((2, 2)))
+    >>> bowl = Quadratic(jnp.zeros(1), jnp.array([[0.3, -1.0]]), jnp.eye(2)[None])
+    >>> side, any_multiplier = jnp.ones(2), jnp.zeros(1)
+    >>> step = constrained_step(
+    ...     height, bowl, jnp.array([-jnp.inf]), jnp.zeros(1), -side, side, any_multiplier
+    ... )
+    >>> bool(jnp.allclose(step.s, jnp.array([-0.3, 1 - 1.09**0.5])))
+    True
     """
     n, dtype = low.size, low.dtype
     tiny = jnp.finfo(dtype).tiny

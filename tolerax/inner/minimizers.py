@@ -305,7 +305,7 @@ class LBFGS(Minimizer):
     """Limited-memory BFGS; certifies by strong convexity, `|y - y*|_D <= |grad h(y)|_{D^-1}`.
 
     A preconditioner takes the place of the identity that the inverse Hessian is built from. With a
-    good one this is the cheapest way through kinks, where a Newton step is too long almost always.
+    good one it suits smoothed kinks, where most Newton steps are too long.
 
     - `memory`: pairs kept. `max_steps`: the most gradients.
     """

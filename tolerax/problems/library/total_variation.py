@@ -167,8 +167,8 @@ def tv_denoising(
     experiment of MAID (arXiv 2308.10098) and of Ehrhardt & Roberts (*Inexact derivative-free
     optimization for bilevel learning*, J. Math. Imaging Vis. 2021) with pictures that need no
     download. `options` are passed on to [`tolerax.problems.Bilevel`][]. Every constant is proved.
-    Unless `options` say otherwise the lower level is solved by [`LBFGS`][], which goes through the
-    kinks faster than Newton's method, and preconditioned by [`AlternatingLines`][].
+    Unless `options` say otherwise the lower level is solved by [`LBFGS`][], preconditioned by
+    [`AlternatingLines`][].
 
     >>> p = tv_denoising(size=16, pictures=2)
     >>> p.noisy.shape, float(p.psnr(p.noisy))
