@@ -25,6 +25,7 @@ from tolerax.inner.minimizers import NewtonCG as NewtonCG
 from tolerax.inner.minres import MINRES as MINRES
 from tolerax.inner.multigrid import Diffusion as Diffusion
 from tolerax.inner.multigrid import Multigrid as Multigrid
+from tolerax.inner.nystrom import Nystrom as Nystrom
 from tolerax.inner.positive_bases import cosine_measure as cosine_measure
 from tolerax.inner.positive_bases import positive_basis as positive_basis
 from tolerax.inner.positive_bases import rotation as rotation
