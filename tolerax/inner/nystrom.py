@@ -68,7 +68,7 @@ class Nystrom(eqx.Module):
         check_integer("rank", rank, least=1)
         if rank > x.size:
             raise ValueError(f"rank is {rank}: there are {x.size} unknowns; give no more.")
-        eps = jnp.finfo(x.dtype).eps
+        small = rank * float(jnp.finfo(x.dtype).eps)
 
         def on_columns(operator: Callable, columns: Array) -> Array:
             flat = lambda v: ravel_pytree(operator(unravel(v)))[0].astype(x.dtype)  # noqa: E731
@@ -78,12 +78,12 @@ class Nystrom(eqx.Module):
         tests, _ = jnp.linalg.qr(tests)
         image = on_columns(product, tests)
         inner = tests.T @ image
-        root = image @ _inverse_root(0.5 * (inner + inner.T), rank * eps)  # A' = root root'
+        root = image @ _inverse_root(0.5 * (inner + inner.T), small)  # A' = root root'
         turned = on_columns(inverse, root)
         gram = root.T @ turned
         weights, W = jnp.linalg.eigh(0.5 * (gram + gram.T))
         weights, W = weights[::-1], W[:, ::-1]
-        used = weights > rank * eps * weights[0]
+        used = weights > small * weights[0]
         scale = jnp.where(used, 1 / jnp.sqrt(jnp.where(used, weights, 1)), 0)
         return cls(turned @ (W * scale[None]), jnp.where(used, weights, 0), inverse)
 
