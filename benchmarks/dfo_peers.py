@@ -57,25 +57,38 @@ def cma(fun: Recorded, x0: np.ndarray, seed: int) -> None:
 
 def nomad(fun: Recorded, x0: np.ndarray, seed: int) -> None:
     """NOMAD 4: mesh-adaptive direct search with quadratic models."""
+    low = np.full_like(x0, -BOUND)
+    nomad_by(lambda x: [fun(x)], x0, (low, -low), 0, fun.budget, seed)
+
+
+def nomad_by(
+    outputs: Callable[[np.ndarray], list[float]],
+    x0: np.ndarray,
+    bounds: tuple[np.ndarray, np.ndarray],
+    constraints: int,
+    budget: int,
+    seed: int,
+) -> None:
+    """NOMAD on functions whose outputs are a value and that many constraints, which are not to be
+    above 0 (progressive barrier)."""
     import PyNomad
 
     def block(point: "PyNomad.PyNomadEvalPoint") -> int:
         x = np.array([point.get_coord(i) for i in range(x0.size)])
         try:
-            value = fun(x)
+            found = outputs(x)
         except _SpentError:
             return 0
-        point.setBBO(repr(value).encode())
+        point.setBBO(" ".join(map(repr, found)).encode())
         return 1
 
-    n = x0.size
     options = [
-        "BB_OUTPUT_TYPE OBJ",
-        f"MAX_BB_EVAL {fun.budget}",
+        " ".join(["BB_OUTPUT_TYPE OBJ", *["PB"] * constraints]),
+        f"MAX_BB_EVAL {budget}",
         "DISPLAY_DEGREE 0",
         f"SEED {seed}",
     ]
-    PyNomad.optimize(block, x0.tolist(), [-BOUND] * n, [BOUND] * n, options)
+    PyNomad.optimize(block, x0.tolist(), *(side.tolist() for side in bounds), options)
 
 
 PEERS: dict[str, Callable[[Recorded, np.ndarray, int], None]] = {
