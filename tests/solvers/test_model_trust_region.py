@@ -58,7 +58,8 @@ def test_two_equations_without_an_objective():
 @pytest.mark.parametrize(
     ("cost", "value"), [((-1.0, 0.0, 0.0), -np.log(np.log(10))), ((-0.8, 0.0, 0.2), 0.5181632741)]
 )
-def test_a_first_region_far_too_wide_for_its_constraints(cost, value):
+@every
+def test_a_first_region_far_too_wide_for_its_constraints(solver, cost, value):
     """Problems 34 and 66: the first radius is 20, where the constraints reach exp(20). The region
     loses its feasible points before the penalty is right, and has to come back to them."""
     wide = tolerax.Objective(
@@ -67,10 +68,23 @@ def test_a_first_region_far_too_wide_for_its_constraints(cost, value):
         constraints=lambda x: x[1:] - jnp.exp(x[:2]),
         constraint_bounds=(0.0, jnp.inf),
     )
-    solution = tolerax.solve(wide, tolerax.ModelTrustRegion(), jnp.array([0.0, 1.05, 2.9]))
+    solution = tolerax.solve(wide, solver, jnp.array([0.0, 1.05, 2.9]))
     assert solution.status == tolerax.Status.converged_estimated
     assert solution.violation <= 1e-6
     np.testing.assert_allclose(solution.value, value, atol=1e-5)
+
+
+def test_a_minimum_of_0_with_multipliers_of_0_is_an_end():
+    # Problem 51: at the end all differences are rounding, also that of two ways to add a penalty.
+    problem = tolerax.Objective(
+        lambda x: (x[0] - x[1]) ** 2 + (x[1] + x[2] - 2) ** 2 + (x[3] - 1) ** 2 + (x[4] - 1) ** 2,
+        constraints=lambda x: jnp.stack([x[0] + 3 * x[1], x[2] + x[3] - 2 * x[4], x[1] - x[4]]),
+        constraint_bounds=(jnp.array([4.0, 0, 0]), jnp.array([4.0, 0, 0])),
+    )
+    start = jnp.array([2.5, 0.5, 2.0, -1.0, 0.5])
+    solution = tolerax.solve(problem, ModelTrustRegion(), start, max_work={"points": 300})
+    assert solution.success
+    np.testing.assert_allclose(solution.x, 1.0, atol=1e-6)
 
 
 def test_looking_elsewhere_stays_feasible():

@@ -242,11 +242,15 @@ def _step(region: Region, models: Models) -> tuple[Vector, Region]:
     s = found.s
     now, then = limits.violation(c.c), limits.violation(c(s))
     gained = now - then
-    # Enough for a decrease of the merit wherever violation decreases, and more than multipliers.
+    # The penalty exceeds the multipliers, so that minima of the merit are those of the problem;
+    # but not those of a step that the ball binds, which grow without limit as it hardly reaches
+    # the constraints: there it is large enough for a decrease, and where no step was found.
     lost = f(s)
     enough = jnp.where(gained > 0, 2 * lost / jnp.where(gained > 0, gained, 1), 0)
-    size = jnp.where(found.found, jnp.sum(jnp.abs(found.multipliers)), 0)
-    needed = jnp.maximum(enough, size)
+    size = jnp.sum(jnp.abs(found.multipliers))
+    within = jnp.linalg.norm(s) < 0.99
+    needed = jnp.where(within, size, jnp.minimum(size, enough))
+    needed = jnp.where(found.found, needed, enough)
     raised = jnp.where(region.penalty < needed, 2 * needed, region.penalty)
     # Where the objective does not change any will do.
     raised = jnp.where((raised == 0) & (gained > 0) & (lost == 0), 1, raised)

@@ -46,6 +46,11 @@ class Incumbent(eqx.Module):
     rows: Float[Array, " p"]
     violation: Float[Array, ""]
 
+    def merit(self, penalty: Float[Array, ""]) -> Float[Array, ""]:
+        """The value with the penalty of its violation; infinite where nothing is known."""
+        known = self.value < jnp.inf
+        return jnp.where(known, self.value + penalty * self.violation, jnp.inf)
+
 
 class CDSMState(eqx.Module):
     """The two incumbents (the best feasible point, and the infeasible one from which it may be
@@ -225,11 +230,11 @@ class CDSM(Solver):
         finite = jnp.isfinite(value)
         rows = rows_of(evaluation, value)
         violation = jnp.where(finite, state.region.limits.violation(rows), jnp.inf)
-        violation = jnp.where(violation <= self.feasible_within, 0, violation)
         slots, capacity = state.queue.shape[0], state.seen.shape[0]
         index = jnp.where(query.mask, self._index(state), slots)
         points = flat(query.x) / state.scale[None]
         told = (points, value, rows, violation)
+        feasible = violation <= self.feasible_within
         place = jnp.where(
             query.mask, (state.count + jnp.cumsum(query.mask) - 1) % capacity, capacity
         )
@@ -244,8 +249,8 @@ class CDSM(Solver):
             blur=largest_error(query, evaluation, state.blur),
             size=first_size(value, rows, state.size, state.count == 0),
             missing=state.missing | jnp.any(query.mask & ~finite),
-            feasible=_best_feasible(state.feasible, *told),
-            infeasible=_next_infeasible(state.infeasible, *told),
+            feasible=_best_feasible(state.feasible, *told, feasible, state.region.penalty),
+            infeasible=_next_infeasible(state.infeasible, *told, ~feasible),
         )
         polling = state.purpose == POLL
         ended = (state.position >= state.length) | (polling & self._succeeded(state))
@@ -263,9 +268,10 @@ class CDSM(Solver):
         return select(state.feasible.value < jnp.inf, state.feasible, state.infeasible)
 
     def _standing(self, state: CDSMState) -> Array:
-        """What a success lowers: the best feasible value, or the violation while there is none."""
-        known = state.feasible.value < jnp.inf
-        return jnp.where(known, state.feasible.value, state.infeasible.violation)
+        """What a success lowers: the merit of the feasible point, or the violation while there is
+        none. (A value that falls because the violation grows within its tolerance is no gain.)"""
+        known, penalty = state.feasible.value < jnp.inf, state.region.penalty
+        return jnp.where(known, state.feasible.merit(penalty), state.infeasible.violation)
 
     def _succeeded(self, state: CDSMState) -> Array:
         """Whether the poll gave a sufficient decrease, or a first feasible point."""
@@ -443,22 +449,28 @@ def _enough(state: CDSMState) -> Array:
 
 
 def _best_feasible(
-    now: Incumbent, points: Array, value: Array, rows: Array, violation: Array
+    now: Incumbent,
+    points: Array,
+    value: Array,
+    rows: Array,
+    violation: Array,
+    feasible: Array,
+    penalty: Array,
 ) -> Incumbent:
-    """The lowest of the feasible points."""
-    value = jnp.where(violation > 0, jnp.inf, value)
-    i = jnp.argmin(value)
+    """The lowest of the feasible points, with a penalty on what remains of their violation."""
+    merit = jnp.where(feasible, value + penalty * violation, jnp.inf)
+    i = jnp.argmin(merit)
     new = Incumbent(points[i], value[i], rows[i], violation[i])
-    return select(value[i] < now.value, new, now)
+    return select(merit[i] < now.merit(penalty), new, now)
 
 
 def _next_infeasible(
-    now: Incumbent, points: Array, value: Array, rows: Array, violation: Array
+    now: Incumbent, points: Array, value: Array, rows: Array, violation: Array, outside: Array
 ) -> Incumbent:
     """Of the infeasible points that violate less the lowest, so that the barrier closes; the same
     violation counts with a lower value."""
     lower = (violation == now.violation) & (value < now.value)
-    less = (violation > 0) & ((violation < now.violation) | lower)
+    less = outside & ((violation < now.violation) | lower)
     value = jnp.where(less & jnp.isfinite(violation), value, jnp.inf)
     i = jnp.argmin(value)
     new = Incumbent(points[i], value[i], rows[i], violation[i])

@@ -306,8 +306,11 @@ class ModelTrustRegion(Solver):
         region = self._fenced(state)
         radius, known = jnp.sqrt(region.end), jnp.isfinite(values)
         merits = jnp.where(known, region.merit(values, rows), jnp.inf)
-        points_of = jnp.concatenate([points, state.best.x[None]])
-        merits = jnp.append(merits, state.best.merit(region.penalty))
+        # The best point of all may have left the region before the penalty was right.
+        left = jnp.any(state.best.x != region.center)
+        known_best = jnp.where(left, state.best.merit(region.penalty), jnp.inf)
+        candidates = jnp.concatenate([points, state.best.x[None]])
+        merits = jnp.append(merits, known_best)
         lowest = jnp.argmin(merits)
         lower = merits[lowest] < region.merits[region.best]
         middle = jnp.append(region.values[region.best], region.rows[region.best])
@@ -322,7 +325,7 @@ class ModelTrustRegion(Solver):
         ended = Status.where(blurred, Status.accuracy_floor, ended)
         ended = Status.where(~state.best.feasible, Status.infeasible, ended)
         again = dataclasses.replace(state, region=region)
-        again = self._open_star(again, points_of[lowest], radius)
+        again = self._open_star(again, candidates[lowest], radius)
         over = dataclasses.replace(state, done=jnp.array(True), status=ended)
         return when(lower, lambda _: again, lambda _: over, None)
 
