@@ -83,21 +83,21 @@ def test_linear_problems_are_solved_as_by_a_dense_solver(condition):
 
 
 @functools.cache
-def random_problem(seed):
-    """40 unknowns, singular values over three decades, and data that they explain nearly enough for
-    steps without second derivatives to do."""
+def random_problem(seed, noise=0.1):
+    """40 unknowns, and singular values over three decades."""
     rng = np.random.default_rng(seed)
     U, V = (np.linalg.qr(rng.normal(size=(size, 40)))[0] for size in (60, 40))
     A = U * np.geomspace(1, 1e-3, 40) @ V.T
-    b = A @ rng.uniform(-1, 1, 40) + 0.01 * rng.normal(size=60)
+    b = A @ rng.uniform(-1, 1, 40) + noise * rng.normal(size=60)
     return jnp.asarray(A), jnp.asarray(b)
 
 
-@pytest.mark.parametrize("residuals", [line, bent])
+@pytest.mark.parametrize(("residuals", "noise"), [(line, 0.1), (bent, 1e-4)])
 @pytest.mark.parametrize("ridge", [1e-6, 1e-2])
-def test_with_a_ridge_the_error_is_a_bound(residuals, ridge):
-    """At loose tolerances and out of products, where the tail of conjugate gradients is large."""
-    problems = [random_problem(seed) for seed in range(6)]
+def test_with_a_ridge_the_error_is_a_bound(residuals, noise, ridge):
+    """At loose tolerances and out of products, where the tail of conjugate gradients is large. With
+    a noise this small the curved residuals take no second derivatives."""
+    problems = [random_problem(seed, noise) for seed in range(6)]
     data = tuple(jnp.stack(leaf) for leaf in zip(*problems, strict=True))
     w = jnp.zeros((6, 40))
     ratios = []
@@ -169,11 +169,11 @@ def test_data_that_the_model_cannot_explain_take_second_derivatives():
 def test_out_of_products_the_last_step_is_taken():
     A, b = random_problem(7)
     data = (A[None], b[None])
-    short = solve(GaussNewtonCG(max_products=5), line, jnp.zeros((1, 40)), data)
+    short = solve(GaussNewtonCG(max_products=5), line, jnp.zeros((1, 40)), data, ridge=1e-3)
     assert names(short) == ["inaccurate"]
     assert int(short.products[0]) == 5
     assert float(short.cost[0]) < 0.5 * float(b @ b) / 2
-    assert float(short.error[0]) >= distance(line, short.w[0], (A, b), 0.0)
+    assert float(short.error[0]) >= distance(line, short.w[0], (A, b), 1e-3)
 
 
 def test_float32_says_what_it_cannot_resolve():
@@ -222,13 +222,13 @@ def test_large_problems_never_see_a_square_matrix():
     both = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(f).compile()
     # A twentieth of what J'J alone would take, and the data are an eightieth.
     assert both.memory_analysis().temp_size_in_bytes < 0.05 * N * N * 8
-    (value, found), slope = both(f)
+    (_, found), slope = both(f)
     assert names(found) == ["ok", "ok"]
     gradient = jax.vmap(jax.grad(lambda u, d: 0.5 * jnp.sum(oscillator(u, d) ** 2)))
     assert np.max(np.abs(gradient(found.w, (f, seen)))) < 1e-8
     # Forces act at once, and are forgotten.
     way = 1e-3 * jnp.exp(-0.5 * ((t - 49.0) / 0.3) ** 2)
-    up, down = (loss(f + sign * way[None])[0] for sign in (1, -1))
+    up, down = (both(f + sign * way[None])[0][0] for sign in (1, -1))
     assert float(up - down) / 2 == pytest.approx(float(jnp.sum(slope * way[None])), rel=1e-4)
 
 
@@ -277,7 +277,7 @@ def test_lengths_of_columns_are_estimated():
     ratio = squared_lengths(lambda v: full.T @ v, jnp.zeros(300)) / jnp.sum(full**2, axis=0)
     # Distributed like chi^2 with 16 degrees of freedom: 1e-4 of them lie outside of this.
     assert float(jnp.mean(ratio)) == pytest.approx(1, abs=0.1)
-    assert 0.15 < float(jnp.min(ratio))
+    assert float(jnp.min(ratio)) > 0.15
     assert float(jnp.max(ratio)) < 3.2
 
 

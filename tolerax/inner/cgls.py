@@ -91,8 +91,8 @@ class Ritz(NamedTuple):
 class Truncated(NamedTuple):
     """Where conjugate gradients stopped.
 
-    - `p`: the step. `gone`: twice what the model falls by, which is the part of the squared distance
-      from p = 0 to the minimizer, in the energy norm, that is behind it.
+    - `p`: the step. `gone`: twice what the model falls by, the part of the squared distance from
+      p = 0 to the minimizer, in the energy norm, that is behind it.
     - `left`: upper bound on the rest. `estimate`: what the directions of this solve say of it.
     - `ritz`: of the spectrum. `iterations`: products with J, and with J'.
     """

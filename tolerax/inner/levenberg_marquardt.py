@@ -45,8 +45,8 @@ class LeastSquaresResult(eqx.Module):
 @runtime_checkable
 class LaneSolver(Protocol):
     """What solves least-squares problems in lanes: [`BatchedLevenbergMarquardt`][] or
-    [`GaussNewtonCG`][]. Derivatives of its minimizers are solved for in the same blocks, on the same
-    devices."""
+    [`GaussNewtonCG`][]. Derivatives of the minimizers are solved for in the same blocks, on the
+    same devices."""
 
     @property
     def block(self) -> int | None: ...

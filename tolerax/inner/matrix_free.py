@@ -31,39 +31,39 @@ FORCING = 0.03
 
 class GaussNewtonCG(eqx.Module):
     """Gauss-Newton steps by conjugate gradients, for nonlinear least-squares problems with
-    thousands of unknowns, a few or many at once.
+    thousands of unknowns, one or many at once.
 
-    Called as [`BatchedLevenbergMarquardt`][] is, with the same answer, and used in its place:
-    `batched_least_squares(..., solver=GaussNewtonCG(), hessian="cg")`. (With another `hessian` the
-    backward solve forms what this one avoids.) It takes products with J and J' only, so memory
-    is that of the residuals; their number grows with the condition of J. Where J'J
-    fits and J is ill-conditioned, factoring it is faster.
+    It is called as [`BatchedLevenbergMarquardt`][] is, gives the same answer, and takes its place
+    in `batched_least_squares(..., solver=GaussNewtonCG(), hessian="cg")`. (With another `hessian`
+    the backward solve forms the matrices that this one avoids.) It takes products with J and J'
+    only: memory is that of the residuals and of their derivatives, and work grows with the
+    condition of J. Where J'J has room and J is ill-conditioned, factoring it is faster.
 
-    Every lane has a trust region in which conjugate gradients minimize the linear model, to where
-    the model is about as wrong as its minimizer (Eisenstat, Walker, *SIAM J. Sci. Comput.* 17,
-    1996), measured in the energy norm. A lane that converges slowly goes on with exact second
-    derivatives, and follows negative curvature to the boundary. Variables are scaled with the
-    lengths of the columns of J, which are estimated: the rows are divided into 16 groups,
-    as the remainder of their index says, and given random signs; the squares of the sums over the
-    groups add up to the square of the length on average, and exactly for a J with at most
-    16 diagonals (as Bekas, Kokiopoulou and Saad do for diagonals, *Applied Numerical
-    Mathematics* 57, 2007).
+    Every lane has a trust region, in which conjugate gradients minimize the linear model until what
+    is left of the distance is about as large as the error of the model was (Eisenstat, Walker,
+    *SIAM J. Sci. Comput.* 17, 1996), both in the energy norm. A lane that converges slowly goes on
+    with exact second derivatives, and follows negative curvature to the boundary.
+
+    Variables are scaled with the lengths of the columns of J, which are estimated: rows are put in
+    16 groups (the remainder of their index) and given random signs. The squares of the sums over
+    the groups add up to the squared lengths, on average; exactly, where rows of the same group have
+    no column in common, as in a J with at most 16 diagonals.
 
     Of the answer
 
-    - `error`, the distance to the minimizer in the energy norm up to second order, is a bound where
-      there is a ridge. Without one it is the smaller of a bound, the length of what the linear
-      model leaves of the residuals, and an estimate that knows the curvature of directions seen only:
-      of directions that the data determine much less it knows nothing.
-      With second derivatives it is such an estimate.
-    - `condition` is at most that of J'J + ridge, scaled, and close where its smallest eigenvalue
-      has been seen; infinite before the first product.
-    - `radius` is that of `|S step|` with S the estimated lengths.
+    - `error`, the distance to the minimizer in the energy norm up to second order, is an upper
+      bound where there is a ridge. Without one it is the smaller of a bound, what the linear model leaves
+      of the residuals, and an estimate from the least curvature that was seen: it knows nothing of
+      directions that the data hardly determine and that the gradient hardly has. With second
+      derivatives it is that estimate, too.
+    - `condition`, of J'J + ridge with columns scaled, is an estimate from below; it is infinite
+      before the first product.
+    - `radius` is that of `|S step|` with the estimated lengths S.
 
     Options:
 
-    - `max_steps`, `max_products`: the most evaluations of a lane, and the most products with J (as
-      many with J') of its conjugate gradients.
+    - `max_steps`: the most evaluations of a lane. - `max_products`: the most products with J (and
+      as many with J') of its conjugate gradients.
     - `block`, `sharding`: as of [`BatchedLevenbergMarquardt`][].
 
     >>> import jax.numpy as jnp, tolerax
@@ -224,8 +224,8 @@ class _Search(eqx.Module):
         return 0.5 * (r @ r) + 0.5 * self.terms.ridge * (w @ w)
 
     def step(self, old: _Progress, curved: bool) -> _Progress:
-        """Evaluate the trial, accept it or not, and find the next one: with second derivatives where
-        the model is `curved`."""
+        """Evaluate the trial, accept it or not, and find the next one; `curved` is with second
+        derivatives."""
         eps = jnp.finfo(old.w.dtype).eps
         cost, slopes = jax.value_and_grad(self.cost)(old.trial)
         finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(slopes))
@@ -234,39 +234,41 @@ class _Search(eqx.Module):
         # Where costs cannot be told apart, the distance decides, which takes a solve there.
         flat = ~first & (old.predicted <= noise)
         gains = jnp.where(flat, gain >= -noise, first | (gain >= 1e-4 * old.predicted))
-        accept = finite & gains
-        radius = self._radius(old, gain, finite, accept, first | (accept & flat))
+        moved = finite & gains
+        length = jnp.sqrt(jnp.sum(old.scale * (old.trial - old.w) ** 2))
+        radius = _next_radius(old, length, gain, finite, moved)
+        radius = jnp.where(first | (moved & flat), old.radius, radius)
         if curved:
             # Negative curvature is followed to the boundary, so there has to be one.
-            length = jnp.sqrt(jnp.sum(old.scale * (old.trial - old.w) ** 2))
             radius = jnp.where(radius < jnp.inf, radius, 3 * length)
-        x = jnp.where(accept, old.trial, old.w)
-        model = self._model(x, old.scale, accept, curved)
+        x = jnp.where(moved, old.trial, old.w)
+        model = self._model(x, old.scale, moved, curved)
 
         def norm(g: Vector) -> Scalar:
             return jnp.sqrt(jnp.sum(jnp.where(model.free, g * g / model.scale, 0)))
 
         # How wrong the gradient of the model was here, relative to where it came from.
         size, wrong = norm(model.gradient), norm(model.gradient - old.expected) / old.size
-        forcing = jnp.where(accept & ~first, jnp.clip(wrong, 0, FORCING), old.forcing)
+        forcing = jnp.where(moved & ~first, jnp.clip(wrong, 0, FORCING), old.forcing)
         here = eqx.tree_at(lambda now: (now.radius, now.forcing), old, (radius, forcing))
         usable = old.active & jnp.all(jnp.isfinite(model.gradient))
         new = self._proposed(here, model, usable)
 
         # Only now is the distance at the trial known.
-        closer = new.distance < old.distance
-        ended = flat & ~(accept & (new.distance < 0.9 * old.distance))
-        accept = accept & (~flat | closer)
-        distance, error = (
-            jnp.where(flat & ~accept, old_one, new_one)
-            for old_one, new_one in ((old.distance, new.distance), (old.error, new.error))
-        )
+        accept = moved & (~flat | (new.distance < old.distance))
+        ended = flat & ~(moved & (new.distance < 0.9 * old.distance))
+
+        def known(new: Scalar, old: Scalar) -> Scalar:
+            # After a trial that was too long, two solves say something of the same point.
+            return jnp.where(accept, new, jnp.where(moved, old, jnp.minimum(old, new)))
+
+        error, distance = known(new.error, old.error), known(new.distance, old.distance)
         best = jnp.where(accept, cost, old.cost)
         done = (error <= self.tolerance) | ~jnp.isfinite(best)
         still = jnp.all(new.trial == x) | (new.predicted <= 0)
         spent = new.products >= self.max_products
         evaluations = old.evaluations + 1
-        floored = ~done & (ended | (still & ~spent))
+        floored = ~done & (ended | still) & ~spent
         slow = ~first & ~(accept & (distance < 0.3 * old.distance)) & (evaluations >= PATIENCE)
         return _Progress(
             w=jnp.where(accept, x, old.w),
@@ -286,21 +288,9 @@ class _Search(eqx.Module):
             evaluations=evaluations,
             products=new.products,
             slow=old.slow | slow,
-            active=~done & ~floored & ~still & (evaluations < self.max_steps),
+            active=~done & ~ended & ~still & (evaluations < self.max_steps),
             floored=floored,
         )
-
-    def _radius(
-        self, old: _Progress, gain: Scalar, finite: Flag, accept: Flag, keep: Flag
-    ) -> Scalar:
-        """The trust region after the gain of a trial."""
-        length = jnp.sqrt(jnp.sum(old.scale * (old.trial - old.w) ** 2))
-        ratio = gain / old.predicted
-        # Where a parabola through both costs and the slope has its minimum.
-        bottom = -0.5 * old.slope / jnp.where(gain < 0, -gain - old.slope, -old.slope)
-        shorter = jnp.clip(jnp.where(finite, bottom, 0.1), 0.1, 0.5) * length
-        longer = jnp.where(ratio > 0.75, jnp.maximum(3 * length, old.radius), old.radius)
-        return jnp.where(keep, old.radius, jnp.where(accept & ~(ratio < 0.25), longer, shorter))
 
     def _model(self, x: Vector, scale: Vector, fresh: Flag, curved: bool) -> Model:
         """The model at x, with a new `scale` if it is `fresh`."""
@@ -327,12 +317,12 @@ class _Search(eqx.Module):
         )
 
     def _proposed(self, old: _Progress, model: Model, usable: Flag) -> _Progress:
-        """The next trial from where the model is, with what the solve says of the distance there."""
+        """The next trial from where the model is, and what the solve says of the distance there."""
         x, terms = model.w, self.terms
 
         def cut(now: _Progress, count: Count) -> Flag:
-            # Where bounds cut a step off, its model may rise; a shorter one falls: as the radius goes
-            # to 0 the step becomes that of a projected gradient.
+            # Where bounds cut a step off, its model may rise; a shorter one falls: as the radius
+            # goes to 0 the step becomes that of a projected gradient.
             rises = (now.predicted <= 0) & jnp.any(now.trial != x)
             return (count == 0) | (rises & (count < 30))
 
@@ -389,12 +379,24 @@ class _Search(eqx.Module):
         return jax.lax.while_loop(lambda state: cut(*state), propose, start)[0]
 
 
+def _next_radius(old: _Progress, length: Scalar, gain: Scalar, finite: Flag, moved: Flag) -> Scalar:
+    """The trust region after a trial at this length, and what was gained there."""
+    ratio = gain / old.predicted
+    # Where a parabola through both costs and the slope has its minimum.
+    bottom = -0.5 * old.slope / jnp.where(gain < 0, -gain - old.slope, -old.slope)
+    shorter = jnp.clip(jnp.where(finite, bottom, 0.1), 0.1, 0.5) * length
+    longer = jnp.where(ratio > 0.75, jnp.maximum(3 * length, old.radius), old.radius)
+    return jnp.where(moved & ~(ratio < 0.25), longer, shorter)
+
+
 def squared_lengths(
     pull: Callable[[Array], Vector], r: Float[Array, " m"], groups: int = GROUPS
 ) -> Vector:
     """Estimates of the squared lengths of the columns of J from as many products with J' as there
-    are groups of rows, 1 for columns that vanish. The variance, relative to the square, is at most
-    2 / groups, and 0 where rows of the same group have no column in common."""
+    are groups of rows, 1 for columns that vanish; after Bekas, Kokiopoulou and Saad (*Applied
+    Numerical Mathematics* 57, 2007), who estimate diagonals. Their standard deviation is about
+    `sqrt(2 / groups)` of them where all rows count alike, and 0 where rows of the same group have
+    no column in common."""
     signs = jax.random.rademacher(jax.random.key(0), r.shape, r.dtype)
     member = jnp.arange(r.size)[None] % groups == jnp.arange(groups)[:, None]
     total = jnp.sum(jax.vmap(pull)(jnp.where(member, signs[None], 0)) ** 2, axis=0)
