@@ -6,6 +6,7 @@ same coefficients and gets the same residuals; the loss is a sum over the minimi
 gradient in the data f comes by implicit differentiation.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -284,35 +285,35 @@ def sized(seed: int, n: int, condition: float) -> tuple[Any, Any]:
 def measure_size(settings: Settings) -> dict[str, Measured]:
     """CPU time of products with J over that of factoring J'J, forward, warm, by the number of
     unknowns and for two conditions; the figure is that of 512 well-conditioned ones."""
-    solvers = {"factored": tolerax.BatchedLevenbergMarquardt(), "products": GaussNewtonCG()}
+
+    def compiled(solver: Any) -> Callable[[Any, Any], Any]:
+        options = {"tolerance": TOLERANCE, "ridge": RIDGE}
+        return jax.jit(lambda w, data: solver(CUBIC, w, data, **options))
+
     samples, rows = [], {}
-    for seed in settings.seeds:
-        for condition in (1.0, 1e2):
-            for n in (64, 128, 256, 512) if settings.quick else (64, 128, 256, 512, 1024):
-                data, start = sized(seed, n, condition), jnp.zeros((1, n))
-                row: dict[str, float] = {}
-                for name, solver in solvers.items():
-
-                    def solve(w: Any, data: Any, solver: Any = solver) -> Any:
-                        return solver(CUBIC, w, data, tolerance=TOLERANCE, ridge=RIDGE)
-
-                    run = jax.jit(solve)
-                    found = run(start, data)
-                    row[f"{name}, ms"] = np.inf
-                    for _ in range(3):
-                        began = time.process_time()
-                        jax.block_until_ready(run(start, data))
-                        spent = 1e3 * (time.process_time() - began)
-                        row[f"{name}, ms"] = min(row[f"{name}, ms"], spent)
-                    row[f"{name}, error"] = float(found.error[0])
-                row["products"] = int(found.products[0])
-                ratio = row["products, ms"] / row["factored, ms"]
-                right = max(row["factored, error"], row["products, error"]) <= TOLERANCE
-                if n == 512 and condition == 1:
-                    samples.append(ratio if right else np.inf)
-                key = f"seed {seed}, condition {condition:g}, n {n}"
-                rows[key] = row
-                settings.tell(f"   {key}: {ratio:.2f} {row}")
+    for n in (64, 128, 256, 512) if settings.quick else (64, 128, 256, 512, 1024):
+        factored, products = (
+            compiled(tolerax.BatchedLevenbergMarquardt()),
+            compiled(GaussNewtonCG()),
+        )
+        start = jnp.zeros((1, n))
+        for seed, condition in itertools.product(settings.seeds, (1.0, 1e2)):
+            data, row = sized(seed, n, condition), {}
+            for name, run in (("factored", factored), ("products", products)):
+                found, spent = run(start, data), []
+                for _ in range(3):
+                    began = time.process_time()
+                    jax.block_until_ready(run(start, data))
+                    spent.append(1e3 * (time.process_time() - began))
+                row[name] = {"ms": min(spent), "error": float(found.error[0])}
+                row[name]["products"] = int(found.products[0])
+            right = all(side["error"] <= TOLERANCE for side in row.values())
+            ratio = row["products"]["ms"] / row["factored"]["ms"]
+            if n == 512 and condition == 1:
+                samples.append(ratio if right else float("inf"))
+            key = f"seed {seed}, condition {condition:g}, n {n}"
+            rows[key] = row
+            settings.tell(f"   {key}: {ratio:.2f} {row}")
     return {"products_vs_factors": Measured(samples, detail={"rows": rows})}
 
 

@@ -215,7 +215,8 @@ def batched_least_squares(
       conjugate gradients on the exact one to `adjoint_tolerance` in the energy norm, or until
       `max_products`. Variables at a bound stay there.
     - `solver`: [`BatchedLevenbergMarquardt`][] by default. For thousands of unknowns
-      [`GaussNewtonCG`][]; give `hessian="cg"` with it, the others form the Jacobian and its square.
+      [`GaussNewtonCG`][]; give `hessian="cg"` with it, the others (and `held`) form the Jacobian
+      and its square.
     - `radius`: the first radius of each trust region, for instance that of an earlier answer.
     - `held`: a pair `(fun, more)`: equations `fun(w, more_k) = 0` that hold exactly in each lane,
       whatever the residuals, through the KKT system of the lane; `fun` returns shape `(p,)`, and
