@@ -6,6 +6,7 @@ same coefficients and gets the same residuals; the loss is a sum over the minimi
 gradient in the data f comes by implicit differentiation.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 
 import tolerax
 from benchmarks.frame import Bar, Group, Measured, Settings
-from tolerax.inner import Pointwise
+from tolerax.inner import GaussNewtonCG, Pointwise
 
 LANES, M, N = 64, 256, 16
 # Ours is on the error, theirs on the last step: with these all that are right leave an error below
@@ -266,6 +267,56 @@ def measure_gradient(settings: Settings) -> dict[str, Measured]:
     return {"grad_error": Measured(samples, value=max(samples), detail=errors)}
 
 
+CUBIC = Pointwise(lambda z, f: z[1] + z[0] + 0.1 * z[0] ** 3 - f)
+
+
+def sized(seed: int, n: int, condition: float) -> tuple[Any, Any]:
+    """One lane of n unknowns and 2 n residuals of two channels, random matrices times one of known
+    singular values: channels and right-hand sides, with noise."""
+    rng = np.random.default_rng(seed)
+    values = np.geomspace(1, 1 / condition, n)
+    V = np.linalg.qr(rng.normal(size=(n, n)))[0]
+    Phi = rng.normal(size=(1, 2, 2 * n, n)) / np.sqrt(2 * n) * values @ V.T
+    z = np.einsum("kcmn,n->ckm", Phi, rng.normal(size=n))
+    f = np.asarray(CUBIC.fun(z, 0.0)) + 0.01 * rng.normal(size=(1, 2 * n))
+    return jnp.asarray(Phi), jnp.asarray(f)
+
+
+def measure_size(settings: Settings) -> dict[str, Measured]:
+    """CPU time of products with J over that of factoring J'J, forward, warm, by the number of
+    unknowns and for two conditions; the figure is that of 512 well-conditioned ones."""
+
+    def compiled(solver: Any) -> Callable[[Any, Any], Any]:
+        options = {"tolerance": TOLERANCE, "ridge": RIDGE}
+        return jax.jit(lambda w, data: solver(CUBIC, w, data, **options))
+
+    samples, rows = [], {}
+    for n in (64, 128, 256, 512) if settings.quick else (64, 128, 256, 512, 1024):
+        factored, products = (
+            compiled(tolerax.BatchedLevenbergMarquardt()),
+            compiled(GaussNewtonCG()),
+        )
+        start = jnp.zeros((1, n))
+        for seed, condition in itertools.product(settings.seeds, (1.0, 1e2)):
+            data, row = sized(seed, n, condition), {}
+            for name, run in (("factored", factored), ("products", products)):
+                found, spent = run(start, data), []
+                for _ in range(3):
+                    began = time.process_time()
+                    jax.block_until_ready(run(start, data))
+                    spent.append(1e3 * (time.process_time() - began))
+                row[name] = {"ms": min(spent), "error": float(found.error[0])}
+                row[name]["products"] = int(found.products[0])
+            right = all(side["error"] <= TOLERANCE for side in row.values())
+            ratio = row["products"]["ms"] / row["factored"]["ms"]
+            if n == 512 and condition == 1:
+                samples.append(ratio if right else float("inf"))
+            key = f"seed {seed}, condition {condition:g}, n {n}"
+            rows[key] = row
+            settings.tell(f"   {key}: {ratio:.2f} {row}")
+    return {"products_vs_factors": Measured(samples, detail={"rows": rows})}
+
+
 SPEED_GROUP = Group(
     "lsq",
     (
@@ -283,4 +334,9 @@ GRADIENT_GROUP = Group(
     "gradient",
     (Bar("grad_error", "<=", 1e-6, "relative error of gradients, condition of J 1e1 to 1e5"),),
     measure_gradient,
+)
+SIZE_GROUP = Group(
+    "size",
+    (Bar("products_vs_factors", "<=", 0.5, "512 unknowns: time by products / by factoring J'J"),),
+    measure_size,
 )

@@ -6,6 +6,7 @@ GROUPS = (
     lanes.SPEED_GROUP,
     lanes.NOISE_GROUP,
     lanes.GRADIENT_GROUP,
+    lanes.SIZE_GROUP,
     linear_layer.GROUP,
     sorption.GROUP,
     sorption.INEXACT_GROUP,

@@ -27,7 +27,7 @@ def found(dtype, failed=False):
     w = jnp.ones((LANES, N), dtype) * jnp.arange(1, LANES + 1, dtype=dtype)[:, None]
     lane, whole = jnp.ones(LANES, dtype), jnp.ones(LANES, jnp.int32)
     status = jax.vmap(lambda _: PointStatus.where(failed, PointStatus.failed, PointStatus.ok))(lane)
-    return LeastSquaresResult(w, lane, lane, lane, whole, status, lane)
+    return LeastSquaresResult(w, lane, lane, lane, whole, whole, status, lane)
 
 
 def data(dtype):

@@ -18,6 +18,7 @@ from tolerax.inner.krylov import CG as CG
 from tolerax.inner.levenberg_marquardt import BatchedLevenbergMarquardt as BatchedLevenbergMarquardt
 from tolerax.inner.levenberg_marquardt import LeastSquaresResult as LeastSquaresResult
 from tolerax.inner.lines import AlternatingLines as AlternatingLines
+from tolerax.inner.matrix_free import GaussNewtonCG as GaussNewtonCG
 from tolerax.inner.metric import Metric as Metric
 from tolerax.inner.minimizers import LBFGS as LBFGS
 from tolerax.inner.minimizers import AcceleratedGradient as AcceleratedGradient

@@ -1,6 +1,6 @@
 """Many small nonlinear least-squares problems at once."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -27,7 +27,8 @@ class LeastSquaresResult(eqx.Module):
     - `error`: the length in the energy norm of the step that is left: the distance to the
       minimizer up to second order. `condition`: estimate of the condition number of J'J + ridge
       with columns of length 1.
-    - `evaluations`: of residuals and Jacobian. `status`: a `PointStatus` for each lane.
+    - `evaluations`: of residuals and Jacobian. `products`: with a Jacobian that is not formed (0
+      where it is). `status`: a `PointStatus` for each lane.
     - `radius`: of the trust region, to start with next time.
     """
 
@@ -36,8 +37,34 @@ class LeastSquaresResult(eqx.Module):
     error: Lane
     condition: Lane
     evaluations: Int[Array, " k"]
+    products: Int[Array, " k"]
     status: Any
     radius: Lane
+
+
+@runtime_checkable
+class LaneSolver(Protocol):
+    """What solves least-squares problems in lanes: [`BatchedLevenbergMarquardt`][] or
+    [`GaussNewtonCG`][]. Derivatives of the minimizers are solved for in the same blocks, on the
+    same devices."""
+
+    @property
+    def block(self) -> int | None: ...
+
+    @property
+    def sharding(self) -> NamedSharding | None: ...
+
+    def __call__(
+        self,
+        residuals: Any,
+        w: Any,
+        data: Any = None,
+        *,
+        tolerance: Any,
+        ridge: Any,
+        bounds: Any,
+        radius: Any,
+    ) -> LeastSquaresResult: ...
 
 
 class LeastSquaresState(eqx.Module):
@@ -63,8 +90,9 @@ class BatchedLevenbergMarquardt(Solver):
     the model cannot explain make it, goes on with exact second derivatives wherever these are
     positive definite. Normal equations are solved by Cholesky's method with columns of length 1 and
     one step of refinement; lanes in which they have lost their digits use QR. The Jacobian and J'J
-    of a lane are always formed, so n is to be some hundreds at most: for one problem with many
-    unknowns use [`InexactNewton`][], which takes products only.
+    of a lane are always formed, so n is to be some hundreds at most: for lanes with thousands of
+    unknowns use [`GaussNewtonCG`][], for one such problem in `solve` [`InexactNewton`][], which
+    take products only.
 
     - `max_steps`: the most evaluations of a lane.
     - `block`: how many lanes go through together. Blocks run one after another, each until its
@@ -133,19 +161,8 @@ class BatchedLevenbergMarquardt(Solver):
         above the upper one, where compiled code computes them; otherwise these are errors.
         """
         fun = structured(residuals)
-        check_lanes(w, data)
-        check_numbers(ridge, tolerance, bounds)
-        count = w.shape[0]
-        spread = lambda value: jnp.broadcast_to(jnp.asarray(value, w.dtype), (count,))  # noqa: E731
-        low, high = (-jnp.inf, jnp.inf) if bounds is None else bounds
-        full = lambda value: jnp.broadcast_to(_rows(value, w.dtype), w.shape)  # noqa: E731
-        terms = Terms(spread(ridge), full(low), full(high))
-        sensible = (terms.ridge >= 0) & jnp.all(terms.lower <= terms.upper, axis=1)
-        terms = eqx.tree_at(lambda t: t.ridge, terms, jnp.where(sensible, terms.ridge, jnp.nan))
-        start = jnp.clip(w, terms.lower, terms.upper)
-        radius = jnp.full(count, jnp.inf, w.dtype) if radius is None else radius
+        start, terms, tolerance, radius = prepared(w, data, tolerance, ridge, bounds, radius)
         lanes = first_lanes(start, radius)
-        tolerance = spread(tolerance)
 
         def run(lanes: Lanes, data: PyTree, terms: Terms, tolerance: Lane) -> Lanes:
             def evaluated(lanes: Lanes) -> Lanes:
@@ -177,6 +194,7 @@ class BatchedLevenbergMarquardt(Solver):
             error=lanes.decrement,
             condition=lanes.normal.condition,
             evaluations=lanes.evaluations,
+            products=jnp.zeros_like(lanes.evaluations),
             status=lanes.status(tolerance),
             radius=lanes.radius,
         )
@@ -280,6 +298,30 @@ class BatchedLevenbergMarquardt(Solver):
     def record(self, state: LeastSquaresState) -> dict[str, Array]:
         lanes = state.lanes
         return {"iteration": lanes.evaluations[0], "damping": lanes.damping[0]}
+
+
+def prepared(
+    w: Rows,
+    data: PyTree,
+    tolerance: ArrayLike,
+    ridge: ArrayLike,
+    bounds: tuple[ArrayLike, ArrayLike] | None,
+    radius: Lane | None,
+) -> tuple[Rows, Terms, Lane, Lane]:
+    """Starts within the bounds, ridge and bounds, tolerances and radii, of every lane. Lanes whose
+    numbers make no sense have a ridge that is not a number, so that they fail."""
+    check_lanes(w, data)
+    check_numbers(ridge, tolerance, bounds)
+    count = w.shape[0]
+    spread = lambda value: jnp.broadcast_to(jnp.asarray(value, w.dtype), (count,))  # noqa: E731
+    low, high = (-jnp.inf, jnp.inf) if bounds is None else bounds
+    full = lambda value: jnp.broadcast_to(_rows(value, w.dtype), w.shape)  # noqa: E731
+    terms = Terms(spread(ridge), full(low), full(high))
+    sensible = (terms.ridge >= 0) & jnp.all(terms.lower <= terms.upper, axis=1)
+    terms = eqx.tree_at(lambda t: t.ridge, terms, jnp.where(sensible, terms.ridge, jnp.nan))
+    start = jnp.clip(w, terms.lower, terms.upper)
+    radius = jnp.full(count, jnp.inf, w.dtype) if radius is None else radius
+    return start, terms, spread(tolerance), radius
 
 
 def _rows(value: ArrayLike, dtype: Any) -> Array:

@@ -12,7 +12,11 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 from tolerax.inner.experts import Tied
 from tolerax.inner.lane_adjoint import Hessian
-from tolerax.inner.levenberg_marquardt import BatchedLevenbergMarquardt, LeastSquaresResult
+from tolerax.inner.levenberg_marquardt import (
+    BatchedLevenbergMarquardt,
+    LaneSolver,
+    LeastSquaresResult,
+)
 from tolerax.inner.residuals import Pointwise, Structured
 from tolerax.problems.implicit import BackwardReport
 from tolerax.problems.lanes import batched_least_squares
@@ -133,7 +137,7 @@ class HardConstrained(eqx.Module):
     network: Any
     equation: Equation
     router: Router
-    solver: BatchedLevenbergMarquardt
+    solver: LaneSolver
     ridge: Any
     tolerance: Any
     adjoint_tolerance: Any
@@ -159,7 +163,7 @@ class HardConstrained(eqx.Module):
         tolerance: ArrayLike = 1e-8,
         adjoint_tolerance: ArrayLike = 1e-10,
         hessian: Hessian = "exact",
-        solver: BatchedLevenbergMarquardt | None = None,
+        solver: LaneSolver | None = None,
     ):
         _check_points(points)
         if faces is not None and not router.pairs and router.experts > 1:

@@ -15,6 +15,7 @@ from tolerax.inner.lane_adjoint import Hessian, positions, solve_hessian
 from tolerax.inner.lane_kkt import hold, solve_held
 from tolerax.inner.levenberg_marquardt import (
     BatchedLevenbergMarquardt,
+    LaneSolver,
     LeastSquaresResult,
     check_lanes,
     check_numbers,
@@ -60,7 +61,7 @@ class InLanes(eqx.Module):
     residuals: Any
     ridge: Any = 0.0
     bounds: Any = None
-    solver: BatchedLevenbergMarquardt = eqx.field(default_factory=BatchedLevenbergMarquardt)
+    solver: LaneSolver = eqx.field(default_factory=BatchedLevenbergMarquardt)
     hessian: Hessian = eqx.field(static=True, default="exact")
     max_products: int = 100
     held: Any = None
@@ -137,7 +138,9 @@ class InLanes(eqx.Module):
         status = PointStatus.ok
         for kind in (PointStatus.floor, PointStatus.inaccurate, PointStatus.failed):
             status = PointStatus.where(jnp.any(found.status == kind), kind, status)
-        work = Work(lower_gradients=jnp.sum(found.evaluations))
+        work = Work(
+            lower_gradients=jnp.sum(found.evaluations), hessian_products=jnp.sum(found.products)
+        )
         error = jnp.linalg.norm(found.error)
         return Solved(y, 0 * y, error, zero, work, status, {}, lanes=found)
 
@@ -189,7 +192,7 @@ def batched_least_squares(
     adjoint_tolerance: ArrayLike = 1e-10,
     ridge: ArrayLike = 0.0,
     bounds: tuple[ArrayLike, ArrayLike] | None = None,
-    solver: BatchedLevenbergMarquardt | None = None,
+    solver: LaneSolver | None = None,
     hessian: Hessian = "exact",
     max_products: int = 100,
     report: BackwardReport | None = None,
@@ -211,6 +214,9 @@ def batched_least_squares(
       `"gauss-newton"`: without the sum, wrong by as much as the residuals do not vanish; `"cg"`:
       conjugate gradients on the exact one to `adjoint_tolerance` in the energy norm, or until
       `max_products`. Variables at a bound stay there.
+    - `solver`: [`BatchedLevenbergMarquardt`][] by default. For thousands of unknowns
+      [`GaussNewtonCG`][]; give `hessian="cg"` with it, the others (and `held`) form the Jacobian
+      and its square.
     - `radius`: the first radius of each trust region, for instance that of an earlier answer.
     - `held`: a pair `(fun, more)`: equations `fun(w, more_k) = 0` that hold exactly in each lane,
       whatever the residuals, through the KKT system of the lane; `fun` returns shape `(p,)`, and
