@@ -17,10 +17,11 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
 from typing import Any
 
-from beartype import beartype
-from jaxtyping import jaxtyped
+from beartype import BeartypeConf, beartype
+from jaxtyping import TypeCheckError, jaxtyped
 
 NAME = "__checked__"
+TOLD = BeartypeConf(violation_type=TypeCheckError)  # a TypeError, as users would have
 
 
 def check_signatures(package: str) -> None:
@@ -67,7 +68,7 @@ def checked(what: Any) -> Any:
         if dataclasses.is_dataclass(what) and "__init__" in vars(what):
             what.__init__ = checked(what.__init__)
         return what
-    checks = beartype(what)
+    checks = beartype(conf=TOLD)(what)
 
     @functools.wraps(what)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
