@@ -32,7 +32,8 @@ examples: $(VENV)/with-dev         ## run every script of examples/ at small siz
 	  --dist worksteal
 
 guide: $(VENV)/with-dev            ## run the Python of the guide's pages: it prints what they show
-	$(PYTEST) -m example tests/test_guide.py $(PYTEST_ARGS) --dist worksteal
+	@# Behind the docs where both are made: at their end these have work for one core only.
+	nice env $(PYTEST) -m example tests/test_guide.py $(PYTEST_ARGS) --dist worksteal
 
 lint: $(VENV)/with-dev             ## ruff: rules and format
 	$(BIN)/ruff check .

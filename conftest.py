@@ -5,6 +5,7 @@ This file lies at the top so that `pytest tolerax/driver.py` (doctests) sees it 
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -13,6 +14,7 @@ import pytest
 from tests.plain_code import ask_for_plain_code
 from tests.signatures import check_signatures
 
+PACKAGE = Path(__file__).parent / "tolerax"
 # The links at the top level show the same files again.
 collect_ignore = ["solvers", "problems"]
 
@@ -30,13 +32,15 @@ hypothesis.settings.load_profile("tolerax")
 check_signatures("tolerax")
 
 
-def pytest_collectstart() -> None:
+def pytest_collectstart(collector: pytest.Collector) -> None:
     """Import the package whole before pytest imports its modules one by one for their doctests,
     which would otherwise make a second copy of those that the package itself imports.
 
-    Not before: the process that hands out the tests to workers needs no package.
+    Not before: the process that hands out the tests to workers needs no package, nor does one that
+    runs pages of the guide.
     """
-    import tolerax  # noqa: F401
+    if collector.path.is_relative_to(PACKAGE):
+        import tolerax  # noqa: F401
 
 
 def pytest_collection_finish() -> None:

@@ -16,18 +16,19 @@ PLAIN_CODE = {
 def ask_for_plain_code() -> None:
     """Set XLA_FLAGS before the first compilation reads them, and for the processes started here.
 
-    XLA ends the process at a flag it does not know, and flags go with its versions: each is tried
-    in a process of its own, once for all workers, which inherit what is set here.
+    XLA ends the process at a flag it does not know, and flags go with its versions: they are tried
+    in a process of their own, once for all workers, which inherit what is set here; each alone
+    where they do not work together.
     """
     given = os.environ.get("XLA_FLAGS", "")
     asked = [f"--{name}={value}" for name, value in PLAIN_CODE.items() if name not in given]
-    started = [(flag, _process_with(f"{given} {flag}")) for flag in asked]
-    known = [flag for flag, process in started if process.wait() == 0]
-    os.environ["XLA_FLAGS"] = " ".join([*given.split(), *known])
+    if not _known(f"{given} {' '.join(asked)}"):
+        asked = [flag for flag in asked if _known(f"{given} {flag}")]
+    os.environ["XLA_FLAGS"] = " ".join([*given.split(), *asked])
 
 
-def _process_with(flags: str) -> subprocess.Popen[bytes]:
-    """A process that starts XLA with these flags."""
+def _known(flags: str) -> bool:
+    """Whether a process starts XLA with these flags."""
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", "import jax; jax.devices()"]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    return not subprocess.run(command, env=environment, stderr=subprocess.DEVNULL).returncode

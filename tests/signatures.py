@@ -7,6 +7,9 @@ checks took up to a third of the time of a test, and what they are given has bee
 """
 
 import ast
+import dataclasses
+import functools
+import inspect
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -14,10 +17,11 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
 from typing import Any
 
-from beartype import beartype
-from jaxtyping import jaxtyped
+from beartype import BeartypeConf, beartype
+from jaxtyping import TypeCheckError, jaxtyped
 
 NAME = "__checked__"
+TOLD = BeartypeConf(violation_type=TypeCheckError)  # a TypeError, as users would have
 
 
 def check_signatures(package: str) -> None:
@@ -50,8 +54,29 @@ class Loader(SourceFileLoader):
         return self.source_to_code(Decorated().visit(ast.parse(self.get_data(path))), path)
 
     def exec_module(self, module: ModuleType) -> None:
-        setattr(module, NAME, jaxtyped(typechecker=beartype))
+        setattr(module, NAME, checked)
         super().exec_module(module)
+
+
+def checked(what: Any) -> Any:
+    """A function that checks its signature, or a class that checks what makes its objects.
+
+    As `jaxtyped(typechecker=beartype)` does, which binds and checks the arguments twice to tell in
+    its own words which one is wrong: beartype tells that too, and tests make a million such calls.
+    """
+    if inspect.isclass(what):
+        if dataclasses.is_dataclass(what) and "__init__" in vars(what):
+            what.__init__ = checked(what.__init__)
+        return what
+    checks = beartype(conf=TOLD)(what)
+
+    @functools.wraps(what)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        # Names of axes stand for the same sizes within one call.
+        with jaxtyped("context"):
+            return checks(*args, **kwargs)
+
+    return wrapper
 
 
 class Decorated(ast.NodeTransformer):

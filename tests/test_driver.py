@@ -30,8 +30,8 @@ def bowl():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"problem": zoo.quadratic}, TypeError, r"not a Problem: wrap|typechecking"),
-        ({"solver": "line-search"}, TypeError, "not a Solver|typechecking"),
+        ({"problem": zoo.quadratic}, TypeError, r"not a Problem: wrap|violates type hint"),
+        ({"solver": "line-search"}, TypeError, "not a Solver|violates type hint"),
         ({"max_steps": 0}, ValueError, "max_steps is 0"),
         ({"max_steps": 2.5}, (ValueError, TypeError), "max_steps"),
         ({"max_work": {"steps": 3}}, ValueError, "key 'steps': use one of units, points"),

@@ -102,7 +102,7 @@ def test_steps_of_a_preconditioned_solve_do_not_grow_with_the_grid():
     [
         ({"shape": ()}, "shape is"),
         ({"shape": (3, 0)}, "shape is"),
-        ({"shape": (3,), "boundary": "robin"}, "boundary is 'robin'|typechecking|Literal"),
+        ({"shape": (3,), "boundary": "robin"}, "boundary is 'robin'|violates type hint|Literal"),
         ({"shape": (3, 3), "boundary": ["neumann"]}, "boundary is"),
         ({"shape": (3,), "spacing": 0.0}, "spacing is 0.0"),
         ({"shape": (3,), "spacing": [1.0, 2.0]}, "spacing is"),

@@ -1,5 +1,6 @@
 """Small networks for the handwritten digits of scikit-learn, trained here within seconds."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,8 @@ def train(
     data = _single(data)
     count = jax.tree.leaves(data)[0].shape[0]
 
-    @jax.jit
+    # It runs long, so that fast machine code pays even where code that compiles fast is asked for.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
     def run(weights: PyTree, data: PyTree, key: PRNGKeyArray) -> PyTree:
         def step(state: tuple, i: Int[Array, ""]) -> tuple[tuple, None]:
             w, m, v = state
