@@ -48,7 +48,7 @@ def standard_pool() -> ProcessPoolExecutor:
 @contextlib.contextmanager
 def dask() -> Iterator[Any]:
     """Two processes of a local Dask cluster, where a task may lose one worker."""
-    import dask
+    import dask.config
     import distributed
 
     settings = {
@@ -61,7 +61,7 @@ def dask() -> Iterator[Any]:
             n_workers=2,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=None,
+            dashboard_address=None,  # pyright: ignore[reportArgumentType]
             silence_logs=logging.CRITICAL,
         )
         with cluster, distributed.Client(cluster) as client:
