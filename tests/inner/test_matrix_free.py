@@ -10,6 +10,7 @@ import pytest
 import tolerax
 from tests.inner.test_levenberg_marquardt import LANES, RESIDUALS, SOLVER, lanes, names, solve
 from tolerax.inner import GaussNewtonCG
+from tolerax.inner.lanes import PATIENCE
 from tolerax.inner.matrix_free import squared_lengths
 
 pytestmark = pytest.mark.accelerator
@@ -22,7 +23,7 @@ def line(w, data):
 
 
 def bent(w, data):
-    return data[0] @ (w + 0.1 * w**3) - data[1]
+    return data[0] @ (w + 0.01 * w**3) - data[1]
 
 
 def distance(residuals, w, data, ridge):
@@ -96,7 +97,7 @@ def random_problem(seed, noise=0.1):
 @pytest.mark.parametrize("ridge", [1e-6, 1e-2])
 def test_with_a_ridge_the_error_is_a_bound(residuals, noise, ridge):
     """At loose tolerances and out of products, where the tail of conjugate gradients is large. With
-    a noise this small the curved residuals take no second derivatives."""
+    second derivatives, which slow lanes take, it is an estimate."""
     problems = [random_problem(seed, noise) for seed in range(6)]
     data = tuple(jnp.stack(leaf) for leaf in zip(*problems, strict=True))
     w = jnp.zeros((6, 40))
@@ -106,10 +107,14 @@ def test_with_a_ridge_the_error_is_a_bound(residuals, noise, ridge):
         result = solve(solver, residuals, w, data, tolerance=tolerance, ridge=ridge)
         assert set(names(result)) == ({"inaccurate"} if most == 12 else {"ok"})
         for k in range(6):
+            if result.evaluations[k] > PATIENCE:
+                continue
             true = distance(residuals, result.w[k], problems[k], ridge)
             # Rounding of J'r, 1e-16, is divided by the root of the ridge at most.
             assert true <= result.error[k] * (1 + 1e-6) + 1e-15 / np.sqrt(ridge)
             ratios.append(float(result.error[k]) / true)
+    # Not slow are all on straight residuals, and most on curved ones.
+    assert len(ratios) >= (24 if residuals is line else 16)
     # With a ridge that is not small beside the spectrum it says something, too.
     assert np.median(ratios) < (3 if ridge == 1e-2 else 100)
 
