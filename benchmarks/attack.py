@@ -101,8 +101,7 @@ def by_scipy(problem: tolerax.Problem, x0: jax.Array, method: str) -> dict[str, 
 
 
 def by_cma(problem: tolerax.Problem, x0: jax.Array, seed: int) -> list[float]:
-    """The points of CMA-ES to `TARGETS`. (The other peers of `dfo` take minutes for a few hundred
-    points in 100 variables.)"""
+    """The points of CMA-ES to `TARGETS`. (The other peers of `dfo` are made for few variables.)"""
     ask = tolerax.Accuracy(1e-6, 1e-6)
     assert problem.bounds is not None
     # The box of the peers is another one.
@@ -124,7 +123,7 @@ def by_cma(problem: tolerax.Problem, x0: jax.Array, seed: int) -> list[float]:
     return [points_to(found, target) for target in TARGETS]
 
 
-NOMAD_POINTS = 300  # it takes some 50 ms each
+NOMAD_POINTS = 300
 
 
 def by_nomad(problem: tolerax.Problem, x0: jax.Array, budget: int, seed: int) -> dict[str, Any]:
