@@ -3,9 +3,7 @@
 Dask runs as the guide says, on a cluster of two processes that is started once.
 """
 
-import logging
 import multiprocessing
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 
 import tolerax
+from benchmarks.dfo_workers import dask as dask_cluster
 from tests.problems.simulators import Simulator, bowl, key
 from tolerax import CBO, Objective, Status, Workers
 
@@ -44,24 +43,9 @@ def undisturbed(points, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dask():
-    distributed = pytest.importorskip("distributed")
-    import dask
-
-    settings = {
-        "distributed.scheduler.allowed-failures": 1,
-        "distributed.deploy.lost-worker-timeout": "1 hour",
-    }
-    with warnings.catch_warnings(), dask.config.set(settings):
-        warnings.simplefilter("ignore")
-        cluster = distributed.LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,
-        )
-        with cluster, distributed.Client(cluster) as client:
-            yield client.get_executor(pure=False)
+    pytest.importorskip("distributed")
+    with dask_cluster() as executor:
+        yield executor
 
 
 def same(one, other):

@@ -52,10 +52,11 @@ class GaussNewtonCG(eqx.Module):
     Of the answer
 
     - `error`, the distance to the minimizer in the energy norm up to second order, is an upper
-      bound where there is a ridge and the lane took no second derivatives. Without a ridge it is the smaller of a bound, what the linear model
-      leaves of the residuals, and an estimate from the least curvature that was seen: it knows
-      nothing of directions that the data hardly determine and that the gradient hardly has. With
-      second derivatives it is that estimate too, with a ridge or without.
+      bound where there is a ridge and the lane took no second derivatives. Without a ridge it is
+      the smaller of a bound, what the linear model leaves of the residuals, and an estimate from
+      the least curvature that was seen: it knows nothing of directions that the data hardly
+      determine and that the gradient hardly has. With second derivatives it is that estimate too,
+      with a ridge or without.
     - `condition`, of J'J + ridge with columns scaled, is an estimate from below; it is infinite
       before the first product.
     - `radius` is that of `|S step|` with the estimated lengths S.

@@ -65,7 +65,7 @@ class Nystrom(eqx.Module):
         rank: int,
     ) -> "Nystrom":
         x, unravel = ravel_pytree(like)
-        check_integer("rank", rank, least=1)
+        check_integer("rank", rank)
         if rank > x.size:
             raise ValueError(f"rank is {rank}: there are {x.size} unknowns; give no more.")
         small = rank * float(jnp.finfo(x.dtype).eps)
