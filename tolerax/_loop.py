@@ -208,7 +208,8 @@ def tell(solver: Solver, run: Run, query: Query, evaluation: Evaluation) -> Run:
     done, outcome = solver.terminate(state)
     claims = done & is_success(outcome) & ~keep
     own = jax.tree.map(jnp.subtract, solver.work(state), solver.work(run.solver_state))
-    run = _note(solver, run, query, evaluation, shown, own, claims)
+    floor = done & (outcome == Status.accuracy_floor) & ~keep
+    run = _note(solver, run, query, evaluation, shown, own, claims | floor)
     # What a solver has forgotten has not failed.
     forgot = (outcome == Status.all_failed) & (run.best.value < jnp.inf)
     outcome = Status.where(forgot, Status.stalled, outcome)
@@ -249,9 +250,10 @@ def _note(
     evaluation: Evaluation,
     shown: tuple[Best, Array],
     own: Work,
-    claims: Array,
+    meant: Array,
 ) -> Run:
-    """Add the work, also the solver's own, and keep the best point."""
+    """Add the work, also the solver's own, and keep the best point: with constraints the one that
+    is `meant` where the solver ends with it."""
     candidate, usable = shown
     failed = is_failed(evaluation.status)
     failed = jnp.sum(failed if query.mask is None else failed & query.mask)
@@ -267,7 +269,7 @@ def _note(
     better = jnp.where(both, lower | tie, candidate.violation < best.violation)
     if evaluation.violation is not None and query.mask is None:
         # A little infeasibility buys a lower value: the solver says which point it means.
-        better = better | (claims & feasible)
+        better = better | (meant & feasible)
     # A second look at the best point replaces what is known about it.
     better = (better | run.verifying) & usable
     best = choose(better, candidate, best)

@@ -63,6 +63,67 @@ def test_steps_to_a_double_root_are_extrapolated():
     np.testing.assert_allclose(solution.x, [1, 0], atol=1e-3)
 
 
+def test_steps_follow_curved_constraints_to_second_order():
+    """From a circle a straight step d leaves it by |d|^2, one that bends with it by a higher order:
+    half the step, an eighth of the violation or less."""
+    circle = tolerax.Objective(
+        lambda x: x[0], constraints=lambda x: x @ x, constraint_bounds=(1.0, 1.0)
+    )
+
+    def first_trial(angle):
+        asked = []
+        start = jnp.array([-np.cos(angle), np.sin(angle)])
+        remember = lambda step: asked.append(np.asarray(step.query.x))  # noqa: E731
+        tolerax.solve(circle, SOLVERS["second order"], start, max_steps=2, callback=remember)
+        return np.linalg.norm(asked[1] - asked[0]), abs(asked[1] @ asked[1] - 1)
+
+    (step, violation), (half, less) = first_trial(0.2), first_trial(0.1)
+    assert 1.8 < step / half < 2.2
+    assert 0 < less <= violation / 7
+
+
+def test_a_first_trial_is_short_where_constraints_bend_far_more():
+    """x0 = 0.01 leaves the parabola's tangent 100 times too long a step: its curve is known."""
+    parabola = tolerax.Objective(
+        lambda x: (x[0] - 1) ** 2 + x[1] ** 2,
+        constraints=lambda x: x[1] - 50 * x[0] ** 2,
+        constraint_bounds=(0.0, 0.0),
+    )
+    asked = []
+    solution = tolerax.solve(
+        parabola,
+        SOLVERS["second order"],
+        jnp.zeros(2),
+        callback=lambda step: asked.append(np.asarray(step.query.x)),
+    )
+    assert bool(solution.success)
+    # The step is (1, 0), the bend (0, 50): twice the step are two fiftieths of it, and half of
+    # that is what the bend may add.
+    np.testing.assert_allclose(asked[1], [0.04, 0.02], rtol=1e-6)
+
+
+@pytest.mark.parametrize("leaves", [3, 5])
+def test_constraints_that_lose_their_slopes_at_the_solution(leaves):
+    """The largest stable set of a star, all its leaves, in the relaxation of CUTEst's MSS1: where
+    two vertices are out, the product that keeps their neighbours apart has no slope, and its
+    multiplier may be anything."""
+    center, leaf = np.zeros(leaves, int), 1 + np.arange(leaves)
+
+    def apart(z):
+        return jnp.append(jnp.sum(z[:, center] * z[:, leaf], axis=0), jnp.sum(z * z))
+
+    problem = tolerax.Objective(
+        lambda z: -jnp.sum(jnp.sum(z, axis=1) ** 2),
+        constraints=apart,
+        constraint_bounds=(jnp.eye(leaves + 1)[-1], jnp.eye(leaves + 1)[-1]),
+    )
+    start = jnp.asarray(1 + 0.2 * np.random.default_rng(0).standard_normal((2, leaves + 1)))
+    solution = tolerax.solve(problem, SOLVERS["second order"], start, max_steps=40)
+    assert bool(solution.success), solution.message
+    # Values differ by multipliers of about ten times a violation of 1e-6.
+    np.testing.assert_allclose(solution.value, -leaves, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["infeasible", "two lines"])
 def test_an_infeasible_problem_is_named_with_its_violation(name):
     _, solution = solve(name)

@@ -107,6 +107,7 @@ def plan(
         # Constraints with next to no slope are linear only for a small part of such a step.
         stretches = jnp.linalg.norm(step.d) > reach
         small = small & ~stretches
+        bend, turn, bending = _bend(state, evaluation, linear, prepared, step, y, weight)
         eta, descent, falls = _penalties(state, system, told, step)
         good = step.good & small & (falls | ~fresh)
         # Where constraints have lost their slope no multiplier meets them: with a weight near
@@ -114,7 +115,9 @@ def plan(
         weight = jnp.where(small & (wrong < 1), weight, 100 * jnp.maximum(weight, 1e-8))
         wrong = wrong + small
         stretched = stretched | stretches
-        return step, weight, tries + 1, spent + step.spent, good, eta, descent, wrong, stretched
+        spent = spent + step.spent + bending
+        found = step, bend, turn
+        return found, weight, tries + 1, spent, good, eta, descent, wrong, stretched
 
     none, no = jnp.array(0), jnp.array(False)
     begin = (gentle, none, Work(), no, state.eta, merit, none, no)
@@ -122,21 +125,24 @@ def plan(
     blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing)
     begin = (blank, *begin)
     going = lambda carry: ~carry[4] & (carry[2] < 8) & (carry[7] < 5)  # noqa: E731
-    step, _, _, spent, _, eta, descent, *_ = jax.lax.while_loop(going, attempt, begin)
+    found, _, _, spent, _, eta, descent, *_ = jax.lax.while_loop(going, attempt, begin)
+    step, bend, turn = found
     descent = jnp.where(jnp.isfinite(descent), descent, -jnp.inf)
 
     step = dataclasses.replace(step, d=_within_bounds(state, told, step))
-    now = Iterate(told.x, y, step.d, step.e, told.slope, system.transposed(step.e))
+    change = system.transposed(step.e)
+    now = Iterate(told.x, y, step.d, step.e, told.slope, change, bend, turn)
     eta = jnp.where(fresh, eta, state.eta)
     merit = merit_of(replace(state, eta=eta), told)
     ref = select(fresh, Reference(now, merit, descent, told.size), state.ref)
     # Steps that shrink steadily along one line, as Newton's do where the problem is degenerate,
-    # are extrapolated to where they lead: by two where a root is double. Where that has been wrong
-    # twice they only look alike.
-    before, length = state.now.d, jnp.linalg.norm(step.d)
+    # are extrapolated to where they lead; where a root is double they halve, or with a bend leave
+    # three eighths. Where that has been wrong twice they only look alike.
+    before, move = state.now.along(1.0), now.along(1.0)
+    length = jnp.linalg.norm(move)
     ratio = length / jnp.linalg.norm(before)
-    along = jnp.dot(step.d, before) >= 0.98 * length * jnp.linalg.norm(before)
-    longer = along & (ratio > 0.45) & (ratio < 0.9) & state.steady & jnp.all(rows.equal)
+    along = jnp.dot(move, before) >= 0.98 * length * jnp.linalg.norm(before)
+    longer = along & (ratio > 0.35) & (ratio < 0.9) & state.steady & jnp.all(rows.equal)
     longer = longer & (state.overshot < 2)
     # Linearized constraints that cannot be met any better, again and again, cannot be met.
     after = rows.values + system.rows(step.d)
@@ -149,15 +155,49 @@ def plan(
         now=now,
         ref=ref,
         eta=eta,
-        step=jnp.where(longer, 1 / (1 - ratio), 1.0).astype(dtype),
+        step=jnp.where(longer, 1 / (1 - ratio), now.reach).astype(dtype),
         kind=jnp.where(longer, LONG, FULL).astype(jnp.int32),
         trials=jnp.zeros_like(state.trials),
         blocked=blocked,
-        steady=(state.kind == FULL) | (state.kind == LOOK),
+        steady=((state.kind == FULL) & (state.step == 1)) | (state.kind == LOOK),
         refinements=jnp.zeros_like(state.refinements),
         spent=state.spent + spent,
     )
     return finish_if(planned, (blocked >= 4) & fresh, Status.infeasible)
+
+
+def _bend(
+    state: SQPState,
+    evaluation: Evaluation,
+    linear: KKTSolver,
+    prepared: Any,
+    step: Step,
+    y: Float[Array, " m"],
+    weight: Float[Array, ""],
+) -> tuple[Float[Array, " n"], Float[Array, ""], Work]:
+    """The b for which active rows follow x + t d + t^2 b to second order, `A b = -d'c''d / 2`, the
+    length t at which it is half of the step, and what it took.
+
+    Second derivatives of constraints are there anyway, and where matrices are factored this is next
+    to free: so much of a second-order correction costs no look at a further point.
+    """
+    none = jnp.zeros_like(step.d), jnp.array(jnp.inf, step.d.dtype), Work()
+    curved = y.size > (step.d.size if state.bounded else 0)
+    if not curved or state.secant is not None or not isinstance(linear, DenseKKT):
+        return none
+
+    def along(y: Array) -> Array:
+        return jnp.dot(step.d, system_of(state, evaluation, y).hessian(step.d))
+
+    right = jnp.where(step.active, -0.5 * jax.grad(along)(y), 0)
+    zero = jnp.zeros_like(step.d)
+    found = linear.solve(prepared, step.active, jnp.full_like(y, weight), zero, right, relative=0.0)
+    finite = jnp.all(jnp.isfinite(found.d))
+    bend = jnp.where(finite, found.d, 0)
+    size = jnp.linalg.norm(bend)
+    half = 0.5 * jnp.linalg.norm(step.d)
+    turn = jnp.where(size > 0, half / jnp.where(size > 0, size, 1), jnp.inf)
+    return bend, turn, Work(hessian_products=1, linear_iterations=1)
 
 
 def _within_bounds(state: SQPState, told: Told, step: Step) -> Float[Array, " n"]:

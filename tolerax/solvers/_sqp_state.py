@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Work
 from tolerax.inner.kkt import KKTSystem
@@ -20,7 +20,10 @@ LOOK, FULL, LONG, BACK = range(4)
 
 class Iterate(eqx.Module):
     """A point with its multipliers, the step from there, the gradient of the Lagrangian there and
-    the change of that gradient with the multipliers of the step."""
+    the change of that gradient with the multipliers of the step.
+
+    - `bend`: what curved constraints add to a step; `turn`: the length at which that is half of it.
+    """
 
     x: Float[Array, " n"]
     y: Float[Array, " m"]
@@ -28,6 +31,18 @@ class Iterate(eqx.Module):
     e: Float[Array, " m"]
     slope: Float[Array, " n"]
     change: Float[Array, " n"]
+    bend: Float[Array, " n"]
+    turn: Float[Array, ""]
+
+    def along(self, t: ArrayLike) -> Float[Array, " n"]:
+        """Where a step of length t leads from x: `t d + t^2 bend`, with the factor t of the second
+        term at most `turn`, and at most 1."""
+        return t * (self.d + jnp.minimum(jnp.minimum(t, self.turn), 1) * self.bend)
+
+    @property
+    def reach(self) -> Float[Array, ""]:
+        """The length of the first trial: a bend of more than twice the step says nothing of it."""
+        return jnp.minimum(1, 4 * self.turn)
 
 
 class Reference(eqx.Module):

@@ -48,6 +48,10 @@ class ExactAugmentedLagrangian(Solver):
     does not descend, eta_1 rises, eta_2 falls and the inner solve goes on. Up to `patience` full
     steps may pass without decrease before the search returns to where they began.
 
+    Where matrices are factored, steps follow curved constraints to second order, `x + t d + t^2 b`:
+    second derivatives of constraints are known, so this takes no further point. The bend b is cut
+    to half of d, and a first trial is shorter where b would be more than twice d.
+
     - `rtol`, `atol`: converged when the norm of `(grad_x L, c - P(c + y))` plus the error bound of
       the gradient is at most `atol + rtol * (the same at x0)`, and the violation at most
       `feasible_at`. P is the projection onto the admissible values. Problems that supply a
@@ -66,7 +70,9 @@ class ExactAugmentedLagrangian(Solver):
     Source: merit function, penalty and accuracy rule: Hong, Na, Mahoney, Kolar (ICML 2023, arXiv
     2305.18379), with the Hessian of the Lagrangian in the last term; stabilized subproblems: Wright
     (*Comput. Optim. Appl.* 11, 1998); merit with slacks: Gill, Murray, Saunders, Wright (NPSOL);
-    relaxed steps: Chamberlain, Powell, Lemarechal, Pedersen (*Math. Program. Study* 16, 1982).
+    relaxed steps: Chamberlain, Powell, Lemarechal, Pedersen (*Math. Program. Study* 16, 1982); arcs
+    from second derivatives: McCormick (*SIAM J. Control* 13, 1975), their test of lengths: Transtrum,
+    Sethna (arXiv 1201.5885).
 
     >>> import jax.numpy as jnp, tolerax
     >>> circle = tolerax.Objective(
@@ -149,7 +155,7 @@ class ExactAugmentedLagrangian(Solver):
                     "constraints."
                 )
             first = of_y.at[:inner].set(given)
-        now = Iterate(x, first, of_x, of_y, of_x, of_x)
+        now = Iterate(x, first, of_x, of_y, of_x, of_x, of_x, inf)
         by_gradients = not self.second_order
         if not by_gradients:
             second = start.answer(Query(start.x, self.accuracy, start.carry, derivatives=2))
@@ -214,7 +220,8 @@ class ExactAugmentedLagrangian(Solver):
         measure = self._measure(told)
         tolerance = self._tolerance(state)
         merit = merit_of(state, told)
-        holds = ~failed & feasible & (measure + error <= tolerance)
+        y, least = self._refitted(told, measure, feasible & ~failed)
+        holds = ~failed & feasible & (least + error <= tolerance)
         if evaluation.violation is None:
             # Without constraints a lower point that was seen is a better one.
             slack = 64 * jnp.finfo(merit.dtype).eps * (1 + jnp.abs(merit))
@@ -224,7 +231,7 @@ class ExactAugmentedLagrangian(Solver):
         base = select(state.kind == BACK, state.ref.at, state.now)
         change = told.slope - (base.slope + state.step * base.change)
         converged = success(converged, tolerance, resolution(told.x, told.x - base.x, change))
-        here = dataclasses.replace(state.now, x=told.x, y=told.y)
+        here = dataclasses.replace(state.now, x=told.x, y=y)
         state = replace(state, now=select(holds, here, state.now))
         state = finish_if(state, holds, converged)
         contradicted = evaluation.status == PointStatus.contradicted
@@ -274,7 +281,7 @@ class ExactAugmentedLagrangian(Solver):
         """Where the next answer is wanted, and the multipliers there."""
         base = select(state.kind == BACK, state.ref.at, state.now)
         moves = state.kind != LOOK
-        x = jnp.where(moves, base.x + state.step * base.d, base.x)
+        x = jnp.where(moves, base.x + base.along(state.step), base.x)
         y = jnp.where(moves, base.y + state.step * base.e, base.y)
         # A step that ends at a bound ends there to the last bit.
         eps = 8 * jnp.finfo(x.dtype).eps
@@ -315,6 +322,26 @@ class ExactAugmentedLagrangian(Solver):
         plain = jnp.sqrt(jnp.sum(told.slope**2) + jnp.sum(natural**2))
         preconditioned = told.z[0] is not told.slope
         return told.size if preconditioned else plain
+
+    def _refitted(
+        self, told: Told, measure: Float[Array, ""], near: Bool[Array, ""]
+    ) -> tuple[Float[Array, " m"], Float[Array, ""]]:
+        """The multipliers, or those that fit best where the conditions hold better with them, and
+        how far they are from holding: where constraints depend on each other, steps move multipliers
+        far along what no point determines."""
+        if not told.y.size or not isinstance(linear_solver(self, told.system), DenseKKT):
+            return told.y, measure
+
+        def fit() -> tuple[Array, Array]:
+            active = told.rows.active(told.rows.values + told.y)
+            y = DenseKKT().multipliers(told.system, told.g, active)
+            slope = told.g + told.system.transposed(y)
+            z = slope, told.left
+            least = self._measure(dataclasses.replace(told, y=y, slope=slope, z=z))
+            better = least < measure
+            return jnp.where(better, y, told.y), jnp.where(better, least, measure)
+
+        return jax.lax.cond(near, fit, lambda: (told.y, measure))
 
     def _tolerance(self, state: SQPState) -> Float[Array, ""]:
         return jnp.asarray(self.atol + self.rtol * state.scale)
@@ -374,7 +401,7 @@ class ExactAugmentedLagrangian(Solver):
         kind, ref = state.kind, state.ref
         from_full = (kind == FULL) & (state.relaxed > 0)
         value = jnp.where(from_full, state.first_merit, merit)
-        length = jnp.where(kind == BACK, state.step, 1.0)
+        length = jnp.where(kind == BACK, state.step, ref.at.reach)
         drop = value - ref.merit - length * ref.descent
         parabola = -ref.descent * length / (2 * drop)
         factor = jnp.where(jnp.isfinite(value), jnp.clip(parabola, 0.1, 0.5), 0.1)
@@ -383,7 +410,7 @@ class ExactAugmentedLagrangian(Solver):
         trials = state.trials + 1
         shorter = replace(
             state,
-            step=jnp.where(kind == LONG, 1.0, step).astype(state.step.dtype),
+            step=jnp.where(kind == LONG, state.now.reach, step).astype(state.step.dtype),
             kind=jnp.where(kind == LONG, FULL, BACK).astype(jnp.int32),
             relaxed=jnp.where(kind == LONG, state.relaxed, 0),
             overshot=state.overshot + (kind == LONG),
