@@ -71,8 +71,8 @@ class ExactAugmentedLagrangian(Solver):
     2305.18379), with the Hessian of the Lagrangian in the last term; stabilized subproblems: Wright
     (*Comput. Optim. Appl.* 11, 1998); merit with slacks: Gill, Murray, Saunders, Wright (NPSOL);
     relaxed steps: Chamberlain, Powell, Lemarechal, Pedersen (*Math. Program. Study* 16, 1982); arcs
-    from second derivatives: McCormick (*SIAM J. Control* 13, 1975), their test of lengths: Transtrum,
-    Sethna (arXiv 1201.5885).
+    from second derivatives: McCormick (*SIAM J. Control* 13, 1975), with the test of their lengths
+    of Transtrum, Sethna (arXiv 1201.5885).
 
     >>> import jax.numpy as jnp, tolerax
     >>> circle = tolerax.Objective(
@@ -327,8 +327,8 @@ class ExactAugmentedLagrangian(Solver):
         self, told: Told, measure: Float[Array, ""], near: Bool[Array, ""]
     ) -> tuple[Float[Array, " m"], Float[Array, ""]]:
         """The multipliers, or those that fit best where the conditions hold better with them, and
-        how far they are from holding: where constraints depend on each other, steps move multipliers
-        far along what no point determines."""
+        how far they are from holding: where constraints depend on each other, steps move
+        multipliers far along what no point determines."""
         if not told.y.size or not isinstance(linear_solver(self, told.system), DenseKKT):
             return told.y, measure
 
