@@ -110,7 +110,8 @@ def test_constraints_that_lose_their_slopes_at_the_solution(leaves):
     center, leaf = np.zeros(leaves, int), 1 + np.arange(leaves)
 
     def apart(z):
-        return jnp.append(jnp.sum(z[:, center] * z[:, leaf], axis=0), jnp.sum(z * z))
+        meet = jnp.sum(z[:, center] * z[:, leaf], axis=0)
+        return jnp.append(meet, jnp.sum(z * z))
 
     problem = tolerax.Objective(
         lambda z: -jnp.sum(jnp.sum(z, axis=1) ** 2),

@@ -138,7 +138,8 @@ def plan(
     # Steps that shrink steadily along one line, as Newton's do where the problem is degenerate,
     # are extrapolated to where they lead; where a root is double they halve, or with a bend leave
     # three eighths. Where that has been wrong twice they only look alike.
-    before, move = state.now.along(1.0), now.along(1.0)
+    one = jnp.ones((), dtype)
+    before, move = state.now.along(one), now.along(one)
     length = jnp.linalg.norm(move)
     ratio = length / jnp.linalg.norm(before)
     along = jnp.dot(move, before) >= 0.98 * length * jnp.linalg.norm(before)

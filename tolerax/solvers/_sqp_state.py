@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Work
 from tolerax.inner.kkt import KKTSystem
@@ -34,7 +34,7 @@ class Iterate(eqx.Module):
     bend: Float[Array, " n"]
     turn: Float[Array, ""]
 
-    def along(self, t: ArrayLike) -> Float[Array, " n"]:
+    def along(self, t: Float[Array, ""]) -> Float[Array, " n"]:
         """Where a step of length t leads from x: `t d + t^2 bend`, with the factor t of the second
         term at most `turn`, and at most 1."""
         return t * (self.d + jnp.minimum(jnp.minimum(t, self.turn), 1) * self.bend)
