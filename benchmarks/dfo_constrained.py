@@ -129,9 +129,10 @@ METHODS: dict[str, Callable[[Case, int], np.ndarray]] = {
 def measure(settings: Settings) -> dict[str, Measured]:
     """Shares solved, and the points of those that both solved."""
     rows = []
-    for case in cases(10 if settings.quick else 1):
-        # What was compiled for the last problem is of no use, and a process may hold only so much.
-        jax.clear_caches()
+    for index, case in enumerate(cases(10 if settings.quick else 1)):
+        # A process may hold only so much compiled code.
+        if index % 20 == 0:
+            jax.clear_caches()
         row: dict[str, Any] = {"name": case.name, "n": case.x0.size}
         for name, method in METHODS.items():
             case.points.clear()

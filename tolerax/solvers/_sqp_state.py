@@ -35,9 +35,10 @@ class Iterate(eqx.Module):
     turn: Float[Array, ""]
 
     def along(self, t: Float[Array, ""]) -> Float[Array, " n"]:
-        """Where a step of length t leads from x: `t d + t^2 bend`, with the factor t of the second
-        term at most `turn`, and at most 1."""
-        return t * (self.d + jnp.minimum(jnp.minimum(t, self.turn), 1) * self.bend)
+        """Where a step of length t leads from x: `t d + t^2 bend`, straight where that is more than
+        half of the step, and with the second term of a full step where t is more than 1."""
+        s = jnp.minimum(t, 1)
+        return t * (self.d + jnp.where(s <= self.turn, s, 0) * self.bend)
 
     @property
     def reach(self) -> Float[Array, ""]:

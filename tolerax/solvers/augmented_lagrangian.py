@@ -49,8 +49,9 @@ class ExactAugmentedLagrangian(Solver):
     steps may pass without decrease before the search returns to where they began.
 
     Where matrices are factored, steps follow curved constraints to second order, `x + t d + t^2 b`:
-    second derivatives of constraints are known, so this takes no further point. The bend b is cut
-    to half of d, and a first trial is shorter where b would be more than twice d.
+    second derivatives of constraints are known, so this takes no further point. They go straight
+    where the bend would be more than half of the step, and a first trial is shorter where it would
+    be more than twice as long.
 
     - `rtol`, `atol`: converged when the norm of `(grad_x L, c - P(c + y))` plus the error bound of
       the gradient is at most `atol + rtol * (the same at x0)`, and the violation at most
