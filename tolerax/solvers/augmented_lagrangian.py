@@ -378,7 +378,8 @@ class ExactAugmentedLagrangian(Solver):
         falls = falls | ((merit <= ref.merit + rounding) & (told.size <= 0.9 * ref.size))
         halves = told.size <= 0.5 * state.measure
         accepted = (kind == LOOK) | (falls & ((kind != LONG) | halves))
-        passes = (kind == FULL) & (state.relaxed < self.patience) & (told.size <= 1e4 * ref.size)
+        full = (kind == FULL) & (state.step == 1)
+        passes = full & (state.relaxed < self.patience) & (told.size <= 1e4 * ref.size)
         passes = passes & jnp.isfinite(merit) & ~accepted
         state = replace(
             state,
