@@ -65,7 +65,7 @@ def test_steps_to_a_double_root_are_extrapolated():
 
 def test_steps_follow_curved_constraints_to_second_order():
     """From a circle a straight step d leaves it by |d|^2, one that bends with it by a higher order:
-    half the step, an eighth of the violation or less."""
+    half the step, an eighth of the violation but for what is of higher order still."""
     circle = tolerax.Objective(
         lambda x: x[0], constraints=lambda x: x @ x, constraint_bounds=(1.0, 1.0)
     )
@@ -83,7 +83,7 @@ def test_steps_follow_curved_constraints_to_second_order():
 
 
 def test_a_first_trial_is_short_where_constraints_bend_far_more():
-    """x0 = 0.01 leaves the parabola's tangent 100 times too long a step: its curve is known."""
+    """The minimum lies a step of 1 along the tangent, where the parabola is 50 above it."""
     parabola = tolerax.Objective(
         lambda x: (x[0] - 1) ** 2 + x[1] ** 2,
         constraints=lambda x: x[1] - 50 * x[0] ** 2,
