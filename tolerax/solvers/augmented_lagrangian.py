@@ -221,7 +221,7 @@ class ExactAugmentedLagrangian(Solver):
         measure = self._measure(told)
         tolerance = self._tolerance(state)
         merit = merit_of(state, told)
-        y, least = self._refitted(told, measure, feasible & ~failed)
+        y, least = self._refitted(state, told, measure, feasible & ~failed)
         holds = ~failed & feasible & (least + error <= tolerance)
         if evaluation.violation is None:
             # Without constraints a lower point that was seen is a better one.
@@ -325,12 +325,14 @@ class ExactAugmentedLagrangian(Solver):
         return told.size if preconditioned else plain
 
     def _refitted(
-        self, told: Told, measure: Float[Array, ""], near: Bool[Array, ""]
+        self, state: SQPState, told: Told, measure: Float[Array, ""], near: Bool[Array, ""]
     ) -> tuple[Float[Array, " m"], Float[Array, ""]]:
         """The multipliers, or those that fit best where the conditions hold better with them, and
         how far they are from holding: where constraints depend on each other, steps move
-        multipliers far along what no point determines."""
-        if not told.y.size or not isinstance(linear_solver(self, told.system), DenseKKT):
+        multipliers far along what no point determines. Not with BFGS updates, where that was
+        not seen."""
+        dense = isinstance(linear_solver(self, told.system), DenseKKT)
+        if not told.y.size or not dense or state.secant is not None:
             return told.y, measure
 
         def fit() -> tuple[Array, Array]:
