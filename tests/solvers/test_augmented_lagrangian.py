@@ -132,6 +132,21 @@ def test_an_infeasible_problem_is_named_with_its_violation(name):
     assert 1 - 1e-6 <= float(solution.violation) <= 2 + 1e-6
 
 
+@pytest.mark.parametrize("start", [(0.3, 0.0), (0.0, 0.0), (1e-9, -1.0)])
+def test_a_saddle_of_the_violation_is_no_end(start):
+    """The least of the objective, 0, and Newton's steps on `x_1 = 0` lead where `x_0^2 - x_1^2` is
+    as near to -1/2 as first derivatives can tell; it is met at `(0, +-sqrt(1/2))`."""
+    problem = tolerax.Objective(
+        lambda x: jnp.sum(x**2),
+        constraints=lambda x: x[0] ** 2 - x[1] ** 2,
+        constraint_bounds=(-0.5, -0.5),
+        bounds=(-jnp.ones(2), jnp.ones(2)),
+    )
+    solution = tolerax.solve(problem, SOLVERS["second order"], jnp.array(start), max_steps=100)
+    assert bool(solution.success), solution.message
+    np.testing.assert_allclose(jnp.abs(solution.x), [0, jnp.sqrt(0.5)], atol=1e-5)
+
+
 def test_work_is_counted():
     def solve(points):
         problem, start = constrained.alone("71")

@@ -164,7 +164,7 @@ def plan(
         refinements=jnp.zeros_like(state.refinements),
         spent=state.spent + spent,
     )
-    return finish_if(planned, (blocked >= 4) & fresh, Status.infeasible)
+    return _where_blocked(solver, planned, evaluation, told, v, (blocked >= 4) & fresh)
 
 
 def _bend(
@@ -199,6 +199,54 @@ def _bend(
     half = 0.5 * jnp.linalg.norm(step.d)
     turn = jnp.where(size > 0, half / jnp.where(size > 0, size, 1), jnp.inf)
     return bend, turn, Work(hessian_products=1, linear_iterations=1)
+
+
+def _where_blocked(
+    solver: Any,
+    state: SQPState,
+    evaluation: Evaluation,
+    told: Told,
+    v: Float[Array, " m"],
+    ends: Bool[Array, ""],
+) -> SQPState:
+    """The end where the violation v cannot be made less; but where it bends down along some
+    direction, as at its maximum and at saddles, a new start there, three times at most."""
+    linear = linear_solver(solver, told.system)
+    if state.secant is not None or not isinstance(linear, DenseKKT):
+        return finish_if(state, ends, Status.infeasible)
+    n, rows, box = told.x.size, told.rows, state.box
+    eye, none = jnp.eye(n, dtype=told.x.dtype), jnp.zeros_like(told.x)
+
+    def lowest() -> tuple[Array, Array]:
+        """The least curvature of `|v|^2 / 2` beside the largest, and a step along it, as long as it
+        takes for the violation to vanish there to second order."""
+        margin = solver.feasible_at
+        near = (rows.values - rows.lower <= margin) | (rows.upper - rows.values <= margin)
+        near = near.at[v.size - n :].set(False) if state.bounded else near
+        jacobian = jax.vmap(told.system.rows)(eye) * near[None]
+        curved, plain = (
+            jax.vmap(system_of(state, evaluation, y).hessian)(eye) for y in (v, jnp.zeros_like(v))
+        )
+        slope = told.system.transposed(v)
+        free = ~box.blocked(told.x, slope)
+        total = (jacobian @ jacobian.T + curved - plain) * (free[:, None] & free[None])
+        values, vectors = jnp.linalg.eigh(0.5 * (total + total.T))
+        way = vectors[:, 0] * jnp.where(jnp.dot(slope, vectors[:, 0]) > 0, -1, 1)
+        length = jnp.linalg.norm(v) / jnp.sqrt(jnp.abs(values[0]))
+        return values[0] / jnp.max(jnp.abs(values)), length * way
+
+    least, way = jax.lax.cond(ends, lowest, lambda: (none[0], none))
+    bends = ends & (least < -1e-6) & jnp.all(jnp.isfinite(way))
+    state = finish_if(state, ends & ~bends, Status.infeasible)
+    state = finish_if(state, ends & (state.escapes >= 3), Status.stalled)
+    away = replace(
+        state,
+        now=dataclasses.replace(state.now, x=box.clip(told.x + way)),
+        kind=jnp.array(LOOK, jnp.int32),
+        blocked=jnp.zeros_like(state.blocked),
+        escapes=state.escapes + 1,
+    )
+    return select(bends & ~state.done, away, state)
 
 
 def _within_bounds(state: SQPState, told: Told, step: Step) -> Float[Array, " n"]:

@@ -68,6 +68,7 @@ class SQPState(eqx.Module):
     trials: Int[Array, ""]
     caution: Int[Array, ""]
     blocked: Int[Array, ""]
+    escapes: Int[Array, ""]
     steady: Bool[Array, ""]
     overshot: Int[Array, ""]
     flat: Int[Array, ""]

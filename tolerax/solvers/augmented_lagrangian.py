@@ -174,6 +174,7 @@ class ExactAugmentedLagrangian(Solver):
             trials=count,
             caution=count,
             blocked=count,
+            escapes=count,
             steady=jnp.array(False),
             overshot=count,
             flat=count,
