@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from tolerax.inner.krylov import CG
-from tolerax.inner.levenberg_marquardt import in_blocks
+from tolerax.inner.lane_blocks import in_blocks, lanes_at_once
 from tolerax.inner.normal_equations import by_cholesky, by_root, factored
 from tolerax.inner.residuals import Structured
 from tolerax.inner.rows import Jacobian, dense, gram, times, transposed
@@ -234,7 +234,8 @@ def solve_hessian(
         solved = in_blocks(jax.vmap(iterative), block, sharding, *given)
         q, rest, error, products, converged = solved
         return outcome(q, rest, error, ~converged & large(rest), products, None)
-    near = in_blocks(quick, block, sharding, *given)
+    together = lanes_at_once(fun, w, data) if block is None else block
+    near = in_blocks(quick, together, sharding, *given)
 
     def again() -> _Direct:
         def one(near: _Direct, *given: Any) -> _Direct:

@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from tolerax.inner.lane_adjoint import LaneSolve
-from tolerax.inner.levenberg_marquardt import LeastSquaresResult, in_blocks
+from tolerax.inner.lane_blocks import in_blocks
+from tolerax.inner.levenberg_marquardt import LeastSquaresResult
 from tolerax.inner.residuals import Structured
 from tolerax.inner.rows import gram, times, transposed
 from tolerax.status import PointStatus

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from tolerax.contracts import Accuracy, Evaluation, Query, Solver, Start
+from tolerax.inner.lane_blocks import in_blocks, lanes_at_once, one_by_one
 from tolerax.inner.lanes import Lanes, Terms, first_lanes, told
 from tolerax.inner.residuals import structured
 from tolerax.status import Status, is_failed
@@ -95,9 +96,10 @@ class BatchedLevenbergMarquardt(Solver):
     take products only.
 
     - `max_steps`: the most evaluations of a lane.
-    - `block`: how many lanes go through together. Blocks run one after another, each until its
-      slowest lane is done, so that lanes which have finished are not paid for. `None`: one lane at
-      a time on CPUs (where that was five times as fast as 64 together), all of them elsewhere.
+    - `block`: how many lanes go through together at most. Blocks run one after another, each until
+      its slowest lane is done. `None`: on CPUs as many as have a quarter of a million entries in
+      their Jacobians; those that are not done with most of their block go on one by one, so that
+      lanes which have finished are not paid for. Elsewhere all of them.
     - `sharding`: over which devices lanes are spread (all axes of its mesh); their number need not
       divide that of the lanes. One device gives what eight give.
     - `rtol`, `atol`: for `solve` and `minimize`: converged when `|projected gradient| <=
@@ -164,30 +166,41 @@ class BatchedLevenbergMarquardt(Solver):
         start, terms, tolerance, radius = prepared(w, data, tolerance, ridge, bounds, radius)
         lanes = first_lanes(start, radius)
 
-        def run(lanes: Lanes, data: PyTree, terms: Terms, tolerance: Lane) -> Lanes:
-            def evaluated(lanes: Lanes) -> Lanes:
-                r, J = jax.vmap(fun.with_jacobian)(lanes.trial, data)
-                curved = lanes.newton & lanes.active
+        def step(lanes: Lanes, data: PyTree, terms: Terms, tolerance: Lane) -> Lanes:
+            r, J = jax.vmap(fun.with_jacobian)(lanes.trial, data)
+            curved = lanes.newton & lanes.active
 
-                def curvature() -> Array:
-                    S = jax.vmap(fun.curvature)(lanes.trial, data, r)
-                    return jnp.where(curved[:, None, None], S, 0)
+            def curvature() -> Array:
+                S = jax.vmap(fun.curvature)(lanes.trial, data, r)
+                return jnp.where(curved[:, None, None], S, 0)
 
-                nothing = lambda: jnp.zeros_like(lanes.normal.gram)  # noqa: E731
-                S = jax.lax.cond(jnp.any(curved), curvature, nothing)
-                return told(lanes, r, J, terms, tolerance, S)
+            nothing = lambda: jnp.zeros_like(lanes.normal.gram)  # noqa: E731
+            S = jax.lax.cond(jnp.any(curved), curvature, nothing)
+            lanes = told(lanes, r, J, terms, tolerance, S)
+            more = lanes.active & (lanes.evaluations < self.max_steps)
+            return eqx.tree_at(lambda lane: lane.active, lanes, more)
 
-            def unfinished(lanes: Lanes) -> Bool[Array, ""]:
-                return jnp.any(lanes.active)
+        def unfinished(lanes: Lanes) -> Bool[Array, ""]:
+            return jnp.any(lanes.active)
 
-            def step(lanes: Lanes) -> Lanes:
-                lanes = evaluated(lanes)
-                more = lanes.active & (lanes.evaluations < self.max_steps)
-                return eqx.tree_at(lambda lane: lane.active, lanes, more)
+        def together(lanes: Lanes) -> Bool[Array, ""]:
+            # Second derivatives of one lane are paid for by all.
+            most = 2 * jnp.sum(lanes.active) > lanes.active.size
+            return most & ~jnp.any(lanes.newton & lanes.active)
 
-            return jax.lax.while_loop(unfinished, step, lanes)
+        def whole(lanes: Lanes, *given: Any) -> Lanes:
+            return jax.lax.while_loop(unfinished, lambda lanes: step(lanes, *given), lanes)
 
-        lanes = in_blocks(run, self.block, self.sharding, lanes, data, terms, tolerance)
+        def first_together(lanes: Lanes, *given: Any) -> Lanes:
+            if lanes.active.size == 1:
+                return whole(lanes, *given)
+            lanes = jax.lax.while_loop(together, lambda lanes: step(lanes, *given), lanes)
+            return one_by_one(whole, lanes.active, lanes, *given)
+
+        block, run = self.block, whole
+        if block is None and jax.default_backend() == "cpu":
+            block, run = lanes_at_once(fun, w, data), first_together
+        lanes = in_blocks(run, block, self.sharding, lanes, data, terms, tolerance)
         return LeastSquaresResult(
             w=lanes.w,
             cost=lanes.cost,
@@ -351,36 +364,3 @@ def check_lanes(w: Array, data: PyTree) -> None:
                 f"an array of data has shape {jnp.shape(leaf)}, and w has {w.shape[0]} lanes: give "
                 "every array in data a leading axis of lanes."
             )
-
-
-def in_blocks(run: Any, block: int | None, sharding: NamedSharding | None, *trees: PyTree) -> Any:
-    """`run` on blocks of lanes one after another, on each of the devices over which lanes are
-    spread; what is missing to full blocks and devices is filled up with the last lane."""
-    count = jax.tree.leaves(trees)[0].shape[0]
-    parts = 1 if sharding is None else sharding.num_devices
-    share = -(-count // parts)
-    if block is None:
-        block = 1 if jax.default_backend() == "cpu" else share
-    size = block = min(block, share)
-    blocks = -(-share // block)
-    if blocks == parts == 1:
-        return run(*trees)
-
-    def blockwise(trees: PyTree) -> Any:
-        split = lambda leaf: leaf.reshape(len(leaf) // size, size, *leaf.shape[1:])  # noqa: E731
-        stacked = jax.tree.map(split, trees)
-        answers = jax.lax.map(lambda lanes: run(*lanes), stacked)
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), answers)
-
-    every = blockwise
-    if sharding is not None:
-        spec = PartitionSpec(sharding.mesh.axis_names)
-        # Lanes of one device never wait for those of another: there is nothing to be checked.
-        every = jax.shard_map(
-            blockwise, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False
-        )
-    index = jnp.minimum(jnp.arange(parts * blocks * block), count - 1)
-    filled = trees
-    if index.size > count:
-        filled = jax.tree.map(lambda leaf: leaf[index], trees)
-    return jax.tree.map(lambda leaf: leaf[:count], every(filled))

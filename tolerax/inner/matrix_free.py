@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from tolerax.inner.cgls import Model, truncated
+from tolerax.inner.lane_blocks import in_blocks
 from tolerax.inner.lanes import PATIENCE, Terms
-from tolerax.inner.levenberg_marquardt import LeastSquaresResult, in_blocks, prepared
+from tolerax.inner.levenberg_marquardt import LeastSquaresResult, prepared
 from tolerax.inner.residuals import Structured, structured
 from tolerax.status import PointStatus
 
