@@ -8,8 +8,6 @@ of the constraints, the second look at the returned point included.
 
 import dataclasses
 import statistics
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +18,8 @@ import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
 import tolerax
+from benchmarks import cutest_inequalities
+from benchmarks.cutest_library import library
 from benchmarks.frame import Bar, Group, Measured, Settings
 
 TOLERANCE = 1e-6
@@ -79,18 +79,6 @@ class Case:
     fun: Callable
     constraints: Callable
     x0: np.ndarray
-
-
-def library() -> Any:
-    """The package sif2jax."""
-    # One of its modules fills a large matrix entry by entry when it is imported.
-    slow = "sif2jax.cutest._constrained_minimisation.cleuven7"
-    stub: Any = types.ModuleType(slow)
-    stub.CLEUVEN7 = type("CLEUVEN7", (), {})
-    sys.modules.setdefault(slow, stub)
-    import sif2jax
-
-    return sif2jax
 
 
 def cases() -> list[Case]:
@@ -228,4 +216,5 @@ GROUPS = (
         ),
         measure,
     ),
+    cutest_inequalities.GROUP,
 )

@@ -18,7 +18,7 @@ import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
 import tolerax
-from benchmarks.cutest import library
+from benchmarks.cutest_library import library
 from benchmarks.frame import Bar, Group, Measured, Settings
 
 LARGEST, TOLERANCE, CLOSE = 7, 1e-6, 1e-4

@@ -66,7 +66,8 @@ class GaussNewtonCG(eqx.Module):
 
     - `max_steps`: the most evaluations of a lane. - `max_products`: the most products with J (and
       as many with J') of its conjugate gradients.
-    - `block`, `sharding`: as of [`BatchedLevenbergMarquardt`][].
+    - `block`, `sharding`: as of [`BatchedLevenbergMarquardt`][]; a block of `None` is one lane at
+      a time on CPUs.
 
     >>> import jax.numpy as jnp, tolerax
     >>> from tolerax.inner import GaussNewtonCG
