@@ -172,7 +172,10 @@ def measure(settings: Settings) -> dict[str, Measured]:
     if not settings.quick:
         methods |= {m: lambda case, m=m: peer(case, m) for m in ("SLSQP", "trust-constr")}
     rows: dict[str, Any] = {}
-    for case in cases()[:: 4 if settings.quick else 1]:
+    for count, case in enumerate(cases()[:: 4 if settings.quick else 1]):
+        # Compiled code of all problems would be more mappings of memory than a process may have.
+        if count % 10 == 9:
+            jax.clear_caches()
         row: dict[str, Any] = {}
         for name, method in methods.items():
             x, claimed, evaluations = method(case)
