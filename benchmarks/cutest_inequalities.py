@@ -104,7 +104,8 @@ def peer(functions: Functions, method: str) -> tuple[np.ndarray, bool]:
     if method == "SLSQP":
         options["ftol"] = 1e-10
     else:
-        options |= {"gtol": 1e-7, "xtol": 1e-12}
+        # With a larger one it ends before its barrier has gone, far from solutions at bounds.
+        options |= {"gtol": 1e-12, "xtol": 1e-12}
         more["hess"] = functions.hessian
     constraints = scipy.optimize.NonlinearConstraint(
         functions.constraints,
