@@ -28,8 +28,8 @@ class Functions:
 
     def __init__(self, case: Case):
         self.case, self.calls = case, 0
-        self.value = lambda x: case._both(x)[0]
-        self.rows = lambda x: case._both(x)[1]
+        self.value = lambda x: case.both(x)[0]
+        self.rows = lambda x: case.both(x)[1]
         self._value, self._rows = jax.jit(self.value), jax.jit(self.rows)
         self._gradient, self._jacobian = (
             jax.jit(jax.grad(self.value)),

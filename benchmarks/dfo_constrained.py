@@ -44,7 +44,7 @@ class Case:
             value = jnp.asarray(problem.objective(unravel(x), problem.args), float).reshape(())
             return value, jnp.concatenate([self._flat(part) for part in parts])
 
-        self._both = jax.jit(both)
+        self.both = jax.jit(both)
         self.points: list[bytes] = []
 
     @staticmethod
@@ -54,11 +54,11 @@ class Case:
     def fun(self, x: Any) -> float:
         """The objective; counts its points."""
         self.points.append(np.asarray(x, float).tobytes())
-        return float(self._both(x)[0])
+        return float(self.both(x)[0])
 
     def constraints(self, x: Any) -> np.ndarray:
         """The constraints."""
-        return np.asarray(self._both(x)[1], float)
+        return np.asarray(self.both(x)[1], float)
 
     def violation(self, x: Any) -> float:
         """The largest, also of the bounds."""

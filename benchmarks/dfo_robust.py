@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import tolerax
-from benchmarks import cutest
+from benchmarks.cutest_library import library
 from benchmarks.frame import Bar, Group, Measured, Settings
 
 FEATURES = ("noisy", "random_nan")
@@ -31,8 +31,8 @@ Function = Callable[[np.ndarray], float]
 
 def tuned() -> list[str]:
     """Problems that solvers were tuned on: every other one of those in sif2jax."""
-    library = cutest.library()
-    every = [*library.unconstrained_minimisation_problems, *library.bounded_minimisation_problems]
+    known = library()
+    every = [*known.unconstrained_minimisation_problems, *known.bounded_minimisation_problems]
     named = sorted({type(problem).__name__: problem for problem in every}.items())
     return [name for name, problem in named if _size(problem) <= LARGEST][1::2]
 

@@ -236,6 +236,8 @@ def _where_blocked(
         return values[0] / jnp.max(jnp.abs(values)), length * way
 
     least, way = jax.lax.cond(ends, lowest, lambda: (none[0], none))
+    looked = Work(hessian_products=jnp.where(ends, 2 * n, 0))
+    state = replace(state, spent=state.spent + looked)
     bends = ends & (least < -1e-6) & jnp.all(jnp.isfinite(way))
     state = finish_if(state, ends & ~bends, Status.infeasible)
     state = finish_if(state, ends & (state.escapes >= 3), Status.stalled)
